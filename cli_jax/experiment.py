@@ -1,0 +1,255 @@
+"""What a run is: the config file's values, checked and frozen once, at the door.
+
+`from_dict` turns nested dictionaries (an `ml_collections.ConfigDict` or the `config.json` of a
+workdir) into the dataclasses below; an unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from cli_jax.config import ComputeConfig, ImageConfig, ModelConfig, TextConfig, VisionConfig
+
+
+class ConfigError(ValueError):
+    """A config value that cannot be used; the message names the key and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One LLaVA-format JSON or JSONL file, its pictures and its share of the mixture."""
+
+    path: str
+    image_root: str = ""  # empty: the folder of `path`
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """From files to packed rows. Lengths are static: they are the shapes that get compiled."""
+
+    train: tuple[SourceConfig, ...] = ()
+    tokenizer: str = ""  # a folder or a hub id
+    template: Literal["qwen_1_5", "v1", "plain"] = "qwen_1_5"
+    labels: Literal["reference", "answer_only"] = "reference"
+    batch_size: int = 8  # rows per update, over all devices and accumulation steps
+    row_length: int = 1024  # L
+    visual_per_row: int = 768  # P
+    tiles_per_row: int = 2  # M
+    images_per_row: int = 4  # I
+    pack: bool = True  # several samples per row
+    augment: float = 0.0  # strength of random shifts and color jitter, in [0, 1]; 0 = off
+    workers: int = 0  # Grain processes; 0 = in the training process
+    max_bad_share: float = 0.01  # share of unreadable rows above which training stops
+    strict: bool = False  # the first unreadable row is an error
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupConfig:
+    """Parameters whose path matches `pattern` (re.fullmatch): their rate, or frozen."""
+
+    pattern: str
+    lr: float | None = None  # None = frozen: no gradient, no optimizer state
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and a cosine to zero; the first matching group wins, then `lr`."""
+
+    lr: float = 1e-5
+    groups: tuple[GroupConfig, ...] = ()
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # 0 = no clipping (LLaVA-1.5's recipe)
+    accumulate: int = 1  # microbatches per update
+    loss_average: Literal["tokens", "samples"] = "tokens"  # `samples`: the reference's bs=1 mean
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per axis; -1 takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000  # steps between checkpoints; the last step is always saved
+    keep: int = 2
+    keep_every: int = 0  # additionally keep every multiple of this step for good; 0 = none
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every: int = 10  # steps between metric lines
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What runs when training is done; an empty `path` means nothing does."""
+
+    path: str = ""
+    image_root: str = ""
+    batch_size: int = 16
+    max_new_tokens: int = 8
+    limit: int = 0  # questions; 0 = all
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingConfig:
+    name: Literal["none"] = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run, complete."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+    compute: ComputeConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+    eval: EvalConfig
+    routing: RoutingConfig
+    seed: int = 0
+    total_steps: int = 1000
+    init_from: str = ""  # Hugging Face folder or hub id, converted folder, or a workdir
+
+
+def from_dict(config: Mapping[str, Any]) -> Experiment:
+    """Builds the experiment from nested mappings; every unknown key is refused."""
+    from cli_jax.fusion import registry  # the strategies' configs live with their code
+
+    config = _plain(config)
+    known = {f.name for f in dataclasses.fields(Experiment)} | {"fusion"}
+    _refuse_unknown("config", config, known)
+    model, fusion = dict(config["model"]), dict(config["fusion"])
+    _refuse_unknown("config.model", model, {"vision", "text", "image", "has_newline"})
+    name = fusion.pop("name")
+    _refuse_unknown("config.fusion", fusion, set(registry.STRATEGIES))
+    strategy = registry.get(name)
+    sections = {
+        f.name: _build(_hints(Experiment)[f.name], config.get(f.name, {}), f"config.{f.name}")
+        for f in dataclasses.fields(Experiment)
+        if dataclasses.is_dataclass(_hints(Experiment)[f.name]) and f.name != "model"
+    }
+    scalars = {k: config[k] for k in ("name", "seed", "total_steps", "init_from") if k in config}
+    return Experiment(
+        model=ModelConfig(
+            vision=_build(VisionConfig, model["vision"], "config.model.vision"),
+            text=_build(TextConfig, model["text"], "config.model.text"),
+            image=_build(ImageConfig, model["image"], "config.model.image"),
+            fusion_name=name,
+            fusion=_build(strategy.Config, fusion.get(name, {}), f"config.fusion.{name}"),
+            has_newline=model.get("has_newline", True),
+        ),
+        **sections,
+        **scalars,
+    )
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """The inverse of `from_dict`, with plain JSON types only."""
+    out = dataclasses.asdict(experiment)
+    name, fusion = out["model"].pop("fusion_name"), out["model"].pop("fusion")
+    out["fusion"] = {"name": name, name: fusion}
+    return json.loads(json.dumps(out))
+
+
+def load(workdir: str | Path) -> Experiment:
+    """Reads the resolved config that training left in a workdir."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: give a --workdir that train.py has written")
+    return from_dict(json.loads(path.read_text()))
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _refuse_unknown(where: str, given: Mapping[str, Any], known: set[str]) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(known)}"
+            raise ConfigError(f"unknown key {where}.{key}{hint}")
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _build(hint: Any, value: Any, where: str) -> Any:
+    """Builds `value` as the annotated type, recursively; refuses wrong types by name."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a mapping, got {value!r}")
+        hints = _hints(typing.cast(type, hint))
+        _refuse_unknown(where, value, set(hints))
+        missing = [
+            f.name
+            for f in dataclasses.fields(hint)
+            if f.name not in value
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ConfigError(f"{where} lacks {missing}")
+        built = {k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+        return typing.cast(Any, hint)(**built)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where} must be one of {list(args)}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where} must be a list, got {value!r}")
+        if args[-1] is Ellipsis:
+            return tuple(_build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(args) != len(value):
+            raise ConfigError(f"{where} must have {len(args)} entries, got {value!r}")
+        return tuple(
+            _build(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+        )
+    if origin in (types.UnionType, typing.Union):
+        for option in args:
+            try:
+                return _build(option, value, where)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{where} must be one of {args}, got {value!r}")
+    if hint is type(None):
+        if value is not None:
+            raise ConfigError(f"{where} must be None")
+        return None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool):
+        if type(value) is not hint:
+            raise ConfigError(f"{where} must be {hint.__name__}, got {value!r}")
+        return value
+    return value

@@ -1,0 +1,1 @@
+"""How vision meets language: one strategy per file, one line each in `registry.py`."""

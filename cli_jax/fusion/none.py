@@ -1,0 +1,35 @@
+"""`none`: one vision layer, at the decoder's input only. The plain LLaVA baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from cli_jax.config import VisionConfig
+from cli_jax.fusion import base
+from cli_jax.model.projector import Projector
+
+
+@dataclasses.dataclass(frozen=True)
+class NoneConfig:
+    """vision_layer: the tapped layer; -1 is V_last, what LLaVA uses."""
+
+    vision_layer: int = -1
+
+
+class NoFusion(base.Fusion):
+    """P(V_k) at the input; with another `vision_layer` the single-layer study."""
+
+    Config = NoneConfig
+
+    @classmethod
+    def vision_layers(cls, config: NoneConfig, vision: VisionConfig) -> tuple[int, ...]:
+        if config.vision_layer == -1:
+            return base.tap_layers("last", vision)
+        return base.tap_layers((config.vision_layer,), vision)
+
+    def __call__(
+        self, taps_KxBxMNxV: jax.Array, batch: dict[str, jax.Array], projector: Projector
+    ) -> base.Fused:
+        return base.Fused(base.project(taps_KxBxMNxV[0], batch, projector), None)

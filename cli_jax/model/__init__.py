@@ -1,0 +1,1 @@
+"""Vision towers, projector, decoder, and the model that joins them."""

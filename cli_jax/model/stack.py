@@ -1,0 +1,131 @@
+"""Stacks of equal layers: one set of parameters with a leading `layers` axis, run by `lax.scan`.
+
+The stack can be *visited* before chosen layers: a vision tower emits the hidden state there (a
+tap), a decoder adds visual features there (an injection point). Layers between visits run as plain
+scans, so a layer that is not visited carries nothing of what a visit needs, forward or backward.
+Equally spaced visits become one outer scan, so the compiled program does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+Body = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "full": None,  # save layer inputs only
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def rematerialize(function: Callable, policy: str) -> Callable:
+    """Wraps a function so that its backward pass recomputes what the named policy does not save."""
+    if policy == "none":
+        return function
+    return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+
+def stacked_params(
+    module: nn.Module, name: str, block: nn.Module, length: int, *example: Any
+) -> PyTree:
+    """Declares `length` copies of `block`'s parameters in `module`, stacked on axis 0."""
+
+    def init(key: jax.Array) -> PyTree:
+        def one(key: jax.Array) -> PyTree:
+            return block.init(key, *example)["params"]
+
+        stacked = jax.vmap(one)(jax.random.split(key, length))
+        return jax.tree.map(
+            lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}),
+            stacked,
+            is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
+        )
+
+    return module.param(name, init)
+
+
+class Group(NamedTuple):
+    """`count` visits, each followed by `size` layers; the first one is before layer `start`."""
+
+    start: int
+    size: int
+    count: int
+
+
+def group_visits(points: Sequence[int], stop: int) -> list[Group]:
+    """Splits visits before layers `points` (ascending) of layers [0, stop) into equal groups."""
+    sizes = [b - a for a, b in zip(points, [*points[1:], stop], strict=True)]
+    if any(size < 0 for size in sizes) or 0 in sizes[:-1]:
+        raise ValueError(f"visit points {tuple(points)} must ascend and not pass layer {stop}")
+    groups: list[Group] = []
+    for point, size in zip(points, sizes, strict=True):
+        if groups and groups[-1].size == size:
+            groups[-1] = groups[-1]._replace(count=groups[-1].count + 1)
+        else:
+            groups.append(Group(point, size, 1))
+    return groups
+
+
+def run(
+    body: Body,
+    carry: PyTree,
+    layers: PyTree,
+    *,
+    stop: int,
+    unroll: bool,
+    points: Sequence[int] = (),
+    visit: Body | None = None,
+    visits: PyTree = None,
+) -> tuple[PyTree, PyTree]:
+    """Runs layers [0, stop) of a stack, calling `visit` before each layer in `points`.
+
+    body(carry, layer) -> (carry, None); `layers` is a tree with a leading axis >= stop.
+    visit(carry, visits[i]) -> (carry, out); `visits` has a leading axis len(points).
+    Returns the carry and the visits' outputs stacked on axis 0 (None without points).
+    """
+
+    def scan(f: Body, carry: PyTree, xs: PyTree, length: int) -> tuple[PyTree, PyTree]:
+        return jax.lax.scan(f, carry, xs, length, unroll=True if unroll else 1)
+
+    def part(tree: PyTree, start: int, stop: int) -> PyTree:
+        # A slice of the whole stack is the stack itself: no copy of the parameters.
+        return jax.tree.map(
+            lambda x: x if (start, stop) == (0, x.shape[0]) else x[start:stop], tree
+        )
+
+    first = points[0] if points else stop
+    if first:
+        carry, _ = scan(body, carry, part(layers, 0, first), first)
+    if not points:
+        return carry, None
+    assert visit is not None
+
+    def visit_then_run(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
+        one_visit, some_layers = xs
+        carry, out = visit(carry, one_visit)
+        if some_layers is not None:
+            length = jax.tree.leaves(some_layers)[0].shape[0]
+            carry, _ = scan(body, carry, some_layers, length)
+        return carry, out
+
+    outs, done = [], 0
+    for start, size, count in group_visits(points, stop):
+        some_layers = None
+        if size:
+            some_layers = jax.tree.map(
+                lambda x, size=size, count=count: x.reshape(count, size, *x.shape[1:]),
+                part(layers, start, start + size * count),
+            )
+        carry, out = scan(
+            visit_then_run, carry, (part(visits, done, done + count), some_layers), count
+        )
+        outs.append(out)
+        done += count
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)

@@ -1,0 +1,126 @@
+"""The vision-language model: tiles and token ids -> visual features -> hidden states -> logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cli_jax.config import ComputeConfig, ModelConfig
+from cli_jax.fusion import registry
+from cli_jax.model.decoder import Cache, Decoder
+from cli_jax.model.gather import place
+from cli_jax.model.layers import partitioned
+from cli_jax.model.projector import Projector
+from cli_jax.model.vision import VisionTower, normalize
+
+Batch = dict[str, jax.Array]
+
+
+class Output(NamedTuple):
+    """hidden [B, L, D] after the final norm; gates [T, B, I, K(, D)] float32, or None."""
+
+    hidden: jax.Array
+    gates: jax.Array | None
+
+
+class VLM(nn.Module):
+    """LLaVA with an exchangeable fusion strategy; parameter names follow Hugging Face's."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+
+    def setup(self) -> None:
+        c, compute = self.config, self.compute
+        dtype, param_dtype = jnp.dtype(compute.dtype), jnp.dtype(compute.param_dtype)
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype}
+        strategy = registry.of(c)
+        self.taps = strategy.vision_layers(c.fusion, c.vision)
+        self.vision_tower = VisionTower(c.vision, compute, **kwargs)
+        self.multi_modal_projector = Projector(c.text.hidden_size, **kwargs)
+        self.fusion = strategy(c, not compute.scan_layers, compute.remat, **kwargs)
+        self.language_model = Decoder(c.text, compute, **kwargs)
+        if c.has_newline:
+            self.image_newline = self.param(
+                "image_newline",
+                partitioned(nn.initializers.normal(c.text.hidden_size**-0.5), ("norm",)),
+                (c.text.hidden_size,),
+                param_dtype,
+            )
+        if not c.text.tie_word_embeddings:
+            self.lm_head = nn.Dense(
+                c.text.vocab_size,
+                use_bias=False,
+                kernel_init=partitioned(
+                    nn.initializers.normal(c.text.initializer_range), ("embed", "vocab")
+                ),
+                **kwargs,
+            )
+
+    def __call__(self, batch: Batch) -> Output:
+        """A batch (cli_jax/batch.py) -> hidden states and gates."""
+        hidden, gates, _ = self._forward(batch, None)
+        if self.is_initializing():
+            self.logits(hidden[:1, :1])
+        return Output(hidden, gates)
+
+    def prefill(self, batch: Batch, cache_length: int) -> tuple[Output, Cache]:
+        """The same, keeping keys and values in slots 0..L-1 of a cache of `cache_length` slots."""
+        hidden, gates, cache = self._forward(batch, cache_length)
+        return Output(hidden, gates), cache
+
+    def decode(
+        self,
+        tokens_B: jax.Array,
+        positions_B: jax.Array,
+        slot: jax.Array,
+        valid_BxS: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """One generated token per row -> (hidden [B, D], cache). No vision, no injection."""
+        return self.language_model.decode(
+            self.language_model.embed(tokens_B), positions_B, slot, valid_BxS, cache
+        )
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> float32 logits [..., vocab]."""
+        if self.config.text.tie_word_embeddings:
+            return self.language_model.attend_head(hidden).astype(jnp.float32)
+        return self.lm_head(hidden).astype(jnp.float32)
+
+    def vision(self, pixel_values: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+        """Tiles uint8 [B, M, H, W, 3] -> hidden states of `layers` [K, B, M*N, V]."""
+        B, M = pixel_values.shape[:2]
+        tiles = normalize(pixel_values.reshape(B * M, *pixel_values.shape[2:]), self.config.image)
+        taps = self.vision_tower(tiles, layers)
+        return taps.reshape(len(layers), B, M * taps.shape[-2], taps.shape[-1])
+
+    def _forward(self, batch: Batch, cache_length: int | None):
+        taps_KxBxMNxV = self.vision(batch["pixel_values"], self.taps)
+        fused = self.fusion(taps_KxBxMNxV, batch, self.multi_modal_projector)
+        features_BxPxD = fused.features
+        if self.config.has_newline:
+            newline = batch["visual_newline"][..., None]
+            features_BxPxD = jnp.where(
+                newline, self.image_newline.astype(features_BxPxD.dtype), features_BxPxD
+            )
+        placed = place(features_BxPxD, batch["visual_index"], batch["visual_position"])
+        is_visual = (batch["visual_index"] < features_BxPxD.shape[1])[..., None]
+        h_BxLxD = jnp.where(is_visual, placed, self.language_model.embed(batch["input_ids"]))
+        return self.language_model(
+            nn.with_logical_constraint(h_BxLxD, ("batch", "length", None)),
+            batch["positions"],
+            batch["segment_ids"],
+            injection=fused.injection,
+            cache_length=cache_length,
+        )
+
+
+def build(config: ModelConfig, compute: ComputeConfig) -> VLM:
+    """The model of a config; checks the strategy's layers against the towers at once."""
+    strategy = registry.of(config)
+    strategy.vision_layers(config.fusion, config.vision)
+    strategy.decoder_layers(config.fusion, config.text)
+    return VLM(config, compute)
