@@ -102,7 +102,7 @@ class CLI(base.Fusion):
         bank_KxBxPxD, context_KxTxBxIxD = self._scan(
             align, (taps_KxBxMNxV[jnp.array([emitted.index(k) for k in wanted])], lora)
         )
-        xs = {"gate": gates, "context": None}
+        xs: dict[str, Any] = {"gate": gates, "context": None}
         if gates is not None:
             xs["context"] = jnp.swapaxes(context_KxTxBxIxD, 0, 1)
         else:
@@ -122,8 +122,8 @@ class CLI(base.Fusion):
 
         def align(tap: Any) -> tuple[jax.Array, jax.Array | None]:
             V_BxMNxV, lora = tap
-            hidden = module.apply(variables, V_BxMNxV, method="hidden")
-            Vhat_BxPxD = module.apply(
+            hidden: Any = module.apply(variables, V_BxMNxV, method="hidden")
+            Vhat_BxPxD: Any = module.apply(
                 variables, base.gather_patches(hidden, batch), method="output"
             )
             if has_lora:
@@ -149,7 +149,7 @@ class CLI(base.Fusion):
 def inject(
     config: CLIConfig, bank_KxBxPxD: jax.Array, batch: Batch, h_BxLxD: jax.Array, point: Any
 ) -> tuple[jax.Array, jax.Array | None]:
-    """h[pos] += sum_k W[t, k] Vhat_k[pos] at the visual positions; returns h and W [B, I, K(, D)]."""
+    """h[pos] += sum_k W[t, k] Vhat_k[pos] at visual positions -> (h, W [B, I, K(, D)])."""
     K, D = bank_KxBxPxD.shape[0], bank_KxBxPxD.shape[-1]
     gates = None
     if config.agf == "gated":
@@ -235,7 +235,7 @@ def _context_of_image(config: CLIConfig, batch: Batch) -> jax.Array:
 
 
 def _per_slot(gates_BxIxKxC: jax.Array, batch: Batch) -> jax.Array:
-    """Gates of each slot's image [K, B, P, C]; a padding slot gets some image's, on zero features."""
+    """Gates of each slot's image [K, B, P, C]; padding slots hold zeros anyway."""
     image_BxP = jnp.minimum(batch["visual_image"], gates_BxIxKxC.shape[1] - 1)
     per_slot = jax.vmap(lambda gates_IxKxC, image_P: gates_IxKxC[image_P])
     return jnp.moveaxis(per_slot(gates_BxIxKxC, image_BxP), 2, 0)

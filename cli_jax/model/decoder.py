@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from cli_jax.config import ComputeConfig, TextConfig
 from cli_jax.model import stack
 from cli_jax.model.attention import attention
-from cli_jax.model.layers import Dtype, RMSNorm, dense, partitioned, rotary_angles, rotate
+from cli_jax.model.layers import (
+    Dtype,
+    LogicalAxes,
+    RMSNorm,
+    dense,
+    partitioned,
+    rotary_angles,
+    rotate,
+)
 
 
 class Cache(NamedTuple):
@@ -48,11 +56,11 @@ class Attention(nn.Module):
     def __call__(self, x, rotary, attend: Attend, cache, layer):
         c = self.config
         B, L, D = x.shape
-        kwargs = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtypes = (self.dtype, self.param_dtype)
 
         def heads(name: str, count: int, axis: str) -> jax.Array:
             width = count * c.head_dim
-            y = dense(width, ("embed", axis), use_bias=c.attention_bias, name=name, **kwargs)(x)
+            y = dense(width, ("embed", axis), *dtypes, use_bias=c.attention_bias, name=name)(x)
             return y.reshape(B, L, count, c.head_dim)
 
         q = rotate(heads("q_proj", c.num_attention_heads, "heads"), rotary)
@@ -60,7 +68,7 @@ class Attention(nn.Module):
         v = heads("v_proj", c.num_key_value_heads, "kv_heads")
         out, cache = attend(q, k, v, cache, layer)
         out = out.reshape(B, L, c.num_attention_heads * c.head_dim)
-        return dense(D, ("heads", "embed"), use_bias=False, name="o_proj", **kwargs)(out), cache
+        return dense(D, ("heads", "embed"), *dtypes, use_bias=False, name="o_proj")(out), cache
 
 
 class MLP(nn.Module):
@@ -70,13 +78,14 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kwargs = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def linear(features: int, axes: LogicalAxes, name: str) -> nn.Dense:
+            return dense(features, axes, self.dtype, self.param_dtype, use_bias=False, name=name)
+
         width = self.config.intermediate_size
-        gate = dense(width, ("embed", "mlp"), name="gate_proj", **kwargs)(x)
-        up = dense(width, ("embed", "mlp"), name="up_proj", **kwargs)(x)
-        return dense(x.shape[-1], ("mlp", "embed"), name="down_proj", **kwargs)(
-            jax.nn.silu(gate) * up
-        )
+        gate = linear(width, ("embed", "mlp"), "gate_proj")(x)
+        up = linear(width, ("embed", "mlp"), "up_proj")(x)
+        return linear(x.shape[-1], ("mlp", "embed"), "down_proj")(jax.nn.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):

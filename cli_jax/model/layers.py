@@ -23,10 +23,10 @@ def partitioned(init: Callable, axes: LogicalAxes) -> Callable:
 def dense(
     features: int,
     axes: LogicalAxes,
-    *,
-    use_bias: bool,
     dtype: Dtype,
     param_dtype: Dtype,
+    *,
+    use_bias: bool = True,
     name: str | None = None,
 ) -> nn.Dense:
     """x [..., in] -> x W + b [..., features]; `axes` are the logical axes of W [in, features]."""
@@ -57,7 +57,7 @@ def layer_norm(
 
 
 class RMSNorm(nn.Module):
-    """RMS normalization in float32, cast down *before* the weight multiplies (transformers qwen2)."""
+    """RMS norm in float32, cast down *before* the weight multiplies (transformers qwen2)."""
 
     epsilon: float
     dtype: Dtype

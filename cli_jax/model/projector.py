@@ -20,9 +20,9 @@ class Projector(nn.Module):
     param_dtype: Dtype
 
     def setup(self) -> None:
-        kwargs = {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.linear_1 = dense(self.features, ("vision_embed", "mlp"), **kwargs)
-        self.linear_2 = dense(self.features, ("mlp", "embed"), **kwargs)
+        dtypes = (self.dtype, self.param_dtype)
+        self.linear_1 = dense(self.features, ("vision_embed", "mlp"), *dtypes)
+        self.linear_2 = dense(self.features, ("mlp", "embed"), *dtypes)
 
     def hidden(self, x_NxV: jax.Array) -> jax.Array:
         """[..., V] -> [..., D], per patch."""

@@ -52,11 +52,11 @@ def stacked_params(
 
 
 class Group(NamedTuple):
-    """`count` visits, each followed by `size` layers; the first one is before layer `start`."""
+    """`visits` visits, each followed by `size` layers; the first one is before layer `start`."""
 
     start: int
     size: int
-    count: int
+    visits: int
 
 
 def group_visits(points: Sequence[int], stop: int) -> list[Group]:
@@ -67,7 +67,7 @@ def group_visits(points: Sequence[int], stop: int) -> list[Group]:
     groups: list[Group] = []
     for point, size in zip(points, sizes, strict=True):
         if groups and groups[-1].size == size:
-            groups[-1] = groups[-1]._replace(count=groups[-1].count + 1)
+            groups[-1] = groups[-1]._replace(visits=groups[-1].visits + 1)
         else:
             groups.append(Group(point, size, 1))
     return groups

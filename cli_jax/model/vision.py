@@ -97,15 +97,15 @@ class VisionAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         heads, V = self.config.num_attention_heads, self.config.hidden_size
-        kwargs = {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtypes = (self.dtype, self.param_dtype)
         q, k, v = (
-            dense(V, ("vision_embed", "vision_heads"), name=name, **kwargs)(x).reshape(
+            dense(V, ("vision_embed", "vision_heads"), *dtypes, name=name)(x).reshape(
                 *x.shape[:2], heads, V // heads
             )
             for name in ("q_proj", "k_proj", "v_proj")
         )
         out = attention(q, k, v).reshape(x.shape)
-        return dense(V, ("vision_heads", "vision_embed"), name="out_proj", **kwargs)(out)
+        return dense(V, ("vision_heads", "vision_embed"), *dtypes, name="out_proj")(out)
 
 
 class VisionMLP(nn.Module):
@@ -116,10 +116,10 @@ class VisionMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        kwargs = {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = dense(c.intermediate_size, ("vision_embed", "vision_mlp"), name="fc1", **kwargs)(x)
+        dtypes = (self.dtype, self.param_dtype)
+        x = dense(c.intermediate_size, ("vision_embed", "vision_mlp"), *dtypes, name="fc1")(x)
         x = ACTIVATIONS[c.hidden_act](x)
-        return dense(c.hidden_size, ("vision_mlp", "vision_embed"), name="fc2", **kwargs)(x)
+        return dense(c.hidden_size, ("vision_mlp", "vision_embed"), *dtypes, name="fc2")(x)
 
 
 class VisionLayer(nn.Module):

@@ -35,13 +35,12 @@ class VLM(nn.Module):
     def setup(self) -> None:
         c, compute = self.config, self.compute
         dtype, param_dtype = jnp.dtype(compute.dtype), jnp.dtype(compute.param_dtype)
-        kwargs = {"dtype": dtype, "param_dtype": param_dtype}
         strategy = registry.of(c)
         self.taps = strategy.vision_layers(c.fusion, c.vision)
-        self.vision_tower = VisionTower(c.vision, compute, **kwargs)
-        self.multi_modal_projector = Projector(c.text.hidden_size, **kwargs)
-        self.fusion = strategy(c, not compute.scan_layers, compute.remat, **kwargs)
-        self.language_model = Decoder(c.text, compute, **kwargs)
+        self.vision_tower = VisionTower(c.vision, compute, dtype, param_dtype)
+        self.multi_modal_projector = Projector(c.text.hidden_size, dtype, param_dtype)
+        self.fusion = strategy(c, not compute.scan_layers, compute.remat, dtype, param_dtype)
+        self.language_model = Decoder(c.text, compute, dtype, param_dtype)
         if c.has_newline:
             self.image_newline = self.param(
                 "image_newline",
@@ -53,10 +52,11 @@ class VLM(nn.Module):
             self.lm_head = nn.Dense(
                 c.text.vocab_size,
                 use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
                 kernel_init=partitioned(
                     nn.initializers.normal(c.text.initializer_range), ("embed", "vocab")
                 ),
-                **kwargs,
             )
 
     def __call__(self, batch: Batch) -> Output:
