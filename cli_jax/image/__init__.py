@@ -1,0 +1,1 @@
+"""Any-resolution images: tiles and the gather plan. Numpy and Pillow only."""
