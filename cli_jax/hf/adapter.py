@@ -1,0 +1,130 @@
+"""A fusion strategy's parameters in a file of their own, tied to the base model they belong to.
+
+`cli_adapter.safetensors` holds them under our paths (`fusion.amp.lora_A`), `cli_adapter.json` the
+strategy, its config and the fingerprint of the base model. On any other base they mean nothing, so
+loading them there is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cli_jax.config import ModelConfig
+from cli_jax.hf.error import ConversionError
+from cli_jax.hf.source import ADAPTER_WEIGHTS, read_json
+from cli_jax.hf.tensor import Tensor, blocks, fingerprint
+from cli_jax.hf.tensorfile import StoredTensor, read_header, write_file
+
+ADAPTER_CONFIG = "cli_adapter.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk: tensors by our path, unread."""
+
+    folder: Path
+    fusion_name: str
+    fusion: dict[str, Any]
+    base: str  # fingerprint
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        return self.folder / ADAPTER_WEIGHTS, self.folder / ADAPTER_CONFIG
+
+
+def write_adapter(
+    folder: Path, fusion_name: str, fusion: Any, tensors: Mapping[str, Tensor], base: str
+) -> None:
+    """Writes both files. fusion: the strategy's config dataclass; tensors: by our path."""
+    streams = [
+        (path.replace("/", "."), tensor.shape, tensor.dtype, blocks(tensor))
+        for path, tensor in tensors.items()
+    ]
+    write_file(folder / ADAPTER_WEIGHTS, streams)
+    config = {
+        "fusion": {"name": fusion_name, fusion_name: dataclasses.asdict(fusion)},
+        "base_fingerprint": base,
+        "tensors": {path: list(tensor.shape) for path, tensor in tensors.items()},
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_adapter(folder: Path) -> Adapter | None:
+    """The adapter in a folder, if there is one."""
+    weights, config = folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG
+    if not weights.exists() and not config.exists():
+        return None
+    for file in (weights, config):
+        if not file.is_file():
+            raise ConversionError(f"an adapter needs both its files: {file} is missing")
+    values = read_json(config)
+    try:
+        name = values["fusion"]["name"]
+        tensors = {n.replace(".", "/"): t for n, t in read_header(weights).items()}
+        return Adapter(folder, name, values["fusion"][name], values["base_fingerprint"], tensors)
+    except (KeyError, TypeError) as error:
+        raise ConversionError(f"{config} is not an adapter's description: {error!r}") from error
+
+
+def open_adapter(folder: Path, model: ModelConfig, base: Mapping[str, Tensor]) -> Adapter | None:
+    """The folder's adapter for a model with the base tensors `base` (by canonical name).
+
+    Raises ConversionError if it belongs to another strategy, config or base model.
+    """
+    adapter = read_adapter(folder)
+    if adapter is None:
+        return None
+    remedy = f"or remove {ADAPTER_WEIGHTS} and {ADAPTER_CONFIG} to use the base model alone"
+    if adapter.fusion_name != model.fusion_name:
+        raise ConversionError(
+            f"{folder} holds an adapter for config.fusion.name={adapter.fusion_name}, the model has"
+            f" {model.fusion_name}: change it, {remedy}"
+        )
+    ours = json.loads(json.dumps(dataclasses.asdict(model.fusion)))
+    differ = [
+        f"{key}: adapter {adapter.fusion.get(key)!r}, model {ours.get(key)!r}"
+        for key in sorted(ours.keys() | adapter.fusion.keys())
+        if ours.get(key) != adapter.fusion.get(key)
+    ]
+    if differ:
+        raise ConversionError(
+            f"{folder} holds an adapter with another config.fusion.{adapter.fusion_name}:\n  "
+            + "\n  ".join(differ)
+        )
+    check_base(adapter, base)
+    return adapter
+
+
+def check_base(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
+    """Refuses a base model that is not, value for value, the adapter's own."""
+    found = fingerprint(base)
+    if found != adapter.base:
+        raise ConversionError(
+            f"the adapter in {adapter.folder} belongs to the base model {adapter.base}, not to this"
+            f" one, {found}: give it the base it was trained on (with the same vocabulary rows)"
+        )
+
+
+def match(adapter: Adapter, wanted: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """The adapter's tensors, if they are exactly `wanted` ({path: anything with a shape})."""
+    lines = [
+        f"missing {p}: expected {list(x.shape)}"
+        for p, x in wanted.items()
+        if p not in adapter.tensors
+    ]
+    lines += [
+        f"extra   {p}: found {list(t.shape)}" for p, t in adapter.tensors.items() if p not in wanted
+    ]
+    lines += [
+        f"wrong   {p}: expected {list(wanted[p].shape)}, found {list(t.shape)}"
+        for p, t in adapter.tensors.items()
+        if p in wanted and tuple(wanted[p].shape) != t.shape
+    ]
+    if lines:
+        raise ConversionError("\n  ".join([f"{adapter.folder}: the adapter does not fit:", *lines]))
+    return adapter.tensors
