@@ -29,12 +29,16 @@ class SourceConfig:
     path: str
     image_root: str = ""  # empty: the folder of `path`
     weight: float = 1.0
+    start: int = 0  # rows start:stop are used; cut before shuffling
+    stop: int = 0  # 0 = to the end
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """From files to packed rows. Lengths are static: they are the shapes that get compiled."""
 
+    root: str = ""  # where relative paths of `train` and `eval` start; empty: see `locate`
+    prepare: str = ""  # a data set of cli_jax/demo that is made in `root` if it is not there
     train: tuple[SourceConfig, ...] = ()
     tokenizer: str = ""  # a folder or a hub id
     template: Literal["qwen_1_5", "v1", "plain"] = "qwen_1_5"
@@ -161,6 +165,35 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
         ),
         **sections,
         **scalars,
+    )
+
+
+def locate(experiment: Experiment, workdir: str | Path) -> Experiment:
+    """The experiment with absolute paths to its data, so that they mean the same from anywhere.
+
+    Relative paths start in `data.root`; if that is empty, in `<workdir>/data` for a data set that
+    is made on the spot (`data.prepare`), else in the current folder.
+    """
+    data, evaluation = experiment.data, experiment.eval
+    root = Path(data.root or (Path(workdir) / "data" if data.prepare else ".")).absolute()
+
+    def at_root(path: str) -> str:
+        return str(root / path) if path else ""  # an absolute path stays as it is
+
+    train = tuple(
+        dataclasses.replace(
+            source, path=at_root(source.path), image_root=at_root(source.image_root)
+        )
+        for source in data.train
+    )
+    return dataclasses.replace(
+        experiment,
+        data=dataclasses.replace(data, root=str(root), train=train),
+        eval=dataclasses.replace(
+            evaluation,
+            path=at_root(evaluation.path),
+            image_root=at_root(evaluation.image_root),
+        ),
     )
 
 

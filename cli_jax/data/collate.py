@@ -1,0 +1,99 @@
+"""Rows of samples to one batch of fixed shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from cli_jax.batch import Batch, empty
+from cli_jax.config import VisionConfig
+from cli_jax.experiment import DataConfig
+from cli_jax.image.anyres import plan_inverse
+
+if TYPE_CHECKING:
+    from cli_jax.data.sample import Sample
+
+
+class Extent(NamedTuple):
+    """What a sample takes of a row, or a row of itself: the four packed dimensions."""
+
+    tokens: int
+    visual: int
+    tiles: int
+    images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The static sizes of a batch (dimension key: B, L, P, M, I, H = W, N)."""
+
+    rows: int
+    length: int
+    visual: int
+    tiles: int
+    images: int
+    tile_size: int
+    patches: int
+
+    @classmethod
+    def from_config(cls, data: DataConfig, vision: VisionConfig, rows: int) -> Sizes:
+        return cls(
+            rows=rows,
+            length=data.row_length,
+            visual=data.visual_per_row,
+            tiles=data.tiles_per_row,
+            images=data.images_per_row,
+            tile_size=vision.image_size,
+            patches=vision.num_patches,
+        )
+
+    @property
+    def row(self) -> Extent:
+        """What one row can hold."""
+        return Extent(self.length, self.visual, self.tiles, self.images)
+
+
+def collate(rows: Sequence[Sequence[Sample]], sizes: Sizes) -> Batch:
+    """Lays samples out row by row, in order; see cli_jax/batch.py for the fields.
+
+    Samples get segments 1, 2, ...; their plans are moved behind the tiles of the samples before
+    them. Rows that are missing stay padding. Raises ValueError if a row does not fit.
+    """
+    if len(rows) > sizes.rows:
+        raise ValueError(f"{len(rows)} rows do not fit a batch of {sizes.rows}")
+    batch = empty(**dataclasses.asdict(sizes))
+    for b, samples in enumerate(rows):
+        token = visual = tile = image = 0
+        for segment, sample in enumerate(samples, 1):
+            n, v, m, i = sample.extent
+            if any(
+                used + more > room
+                for used, more, room in zip(
+                    (token, visual, tile, image), (n, v, m, i), sizes.row, strict=True
+                )
+            ):
+                raise ValueError(f"sample {sample.id!r} does not fit its row: {sizes.row}")
+            at = slice(token, token + n)
+            batch["input_ids"][b, at] = sample.ids
+            batch["labels"][b, at] = sample.labels
+            batch["segment_ids"][b, at] = segment
+            batch["positions"][b, at] = np.arange(n)
+            batch["pixel_values"][b, tile : tile + m] = sample.tiles
+            at = slice(visual, visual + v)
+            batch["plan_index"][b, at] = sample.plan_index + tile * sizes.patches
+            batch["plan_weight"][b, at] = sample.plan_weight
+            batch["visual_newline"][b, at] = sample.visual_newline
+            batch["visual_image"][b, at] = sample.visual_image + image
+            batch["visual_position"][b, at] = sample.visual_position + token
+            batch["visual_index"][b, sample.visual_position + token] = np.arange(visual, visual + v)
+            at = slice(image, image + i)
+            batch["image_segment"][b, at] = segment
+            batch["context_end"][b, at] = sample.context_end + token
+            token, visual, tile, image = token + n, visual + v, tile + m, image + i
+        batch["plan_inverse"][b] = plan_inverse(
+            batch["plan_index"][b], batch["plan_weight"][b], sizes.tiles * sizes.patches
+        )
+    return batch

@@ -1,0 +1,54 @@
+"""Augmentation: bounded, deterministic, and nothing at strength 0."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cli_jax.data.augment import augment
+
+
+@pytest.fixture
+def image():
+    pixels = np.full((40, 60, 3), 60, np.uint8)
+    pixels[10:30, 20:40] = (200, 120, 40)
+    return Image.fromarray(pixels)
+
+
+def test_strength_zero_changes_nothing(image):
+    got = augment(image, np.random.default_rng(0), 0.0)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(image))
+
+
+def test_the_size_stays_and_the_generator_decides(image):
+    a, b, c = (augment(image, np.random.default_rng(seed), 1.0) for seed in (1, 1, 2))
+    assert a.size == image.size
+    assert a.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert (np.asarray(a) != np.asarray(c)).any()
+
+
+def test_the_shape_moves_by_little_and_is_never_mirrored(image):
+    left_half = np.asarray(image).astype(float)
+    left_half[:, 30:] = 60  # now only the left of the block is left: a mirrored copy would differ
+    start = Image.fromarray(left_half.astype(np.uint8))
+    shifts, areas = [], []
+    for seed in range(40):
+        pixels = np.asarray(augment(start, np.random.default_rng(seed), 1.0)).astype(float)
+        orange = pixels[..., 0] - pixels[..., 2]  # the rest is gray
+        block = orange > orange.max() / 2
+        y, x = np.nonzero(block)
+        shifts.append((x.mean() - 24.5, y.mean() - 19.5))
+        areas.append(block.mean() * 2400 / 200)
+    shifts, areas = np.abs(shifts), np.array(areas)
+    assert shifts[:, 0].max() < 1.15 * 0.1 * 60 + 0.15 * 6 + 1
+    assert shifts[:, 1].max() < 1.15 * 0.1 * 40 + 1
+    assert shifts.max(0).min() > 1
+    assert 0.6 < areas.min() < 0.95 < 1.05 < areas.max() < 1.5
+
+
+def test_strength_scales_the_change(image):
+    def change(strength):
+        changed = [augment(image, np.random.default_rng(s), strength) for s in range(10)]
+        return np.mean([np.abs(np.asarray(c, float) - np.asarray(image)).mean() for c in changed])
+
+    assert 0 < change(0.1) < change(0.5) < change(1.0)
