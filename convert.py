@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         added.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
 
-    image_token = {
+    image_token: dict[str, Any] = {
         "type": int,
         "metavar": "ID",
         "help": "id of <image> in config.json (default: the source's, else llava-hf's: 151646 for"
