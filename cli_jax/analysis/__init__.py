@@ -1,0 +1,1 @@
+"""What the model does inside: gates, and plots of them."""

@@ -1,0 +1,124 @@
+"""Pictures as PNG files: a heatmap a paper could print, and training curves."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+DPI = 200
+ANNOTATE_UP_TO = 12  # cells along either side; more would not be readable
+
+
+class PlotError(RuntimeError):
+    """A picture cannot be drawn; the message says what is missing and how to get it."""
+
+
+def require_matplotlib() -> None:
+    """Raises PlotError if matplotlib is absent; call it before any long computation."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PlotError("drawing needs matplotlib: pip install 'cli-jax[demo]'")
+
+
+def heatmap(
+    values: np.ndarray,
+    path: epath.Path,
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    row_title: str,
+    column_title: str,
+    value_title: str,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Draws `values` [len(rows), len(columns)] with row 0 at the bottom, values written when few.
+
+    `limits` fixes the color scale; without it the scale spans the values.
+    """
+    if values.shape != (len(rows), len(columns)):
+        raise ValueError(f"{values.shape} values for {len(rows)} rows, {len(columns)} columns")
+    low, high = limits or (float(values.min()), float(values.max()))
+    figure = _figure(min(2.2 + 0.45 * len(columns), 7.5), min(1.6 + 0.38 * len(rows), 7.0))
+    axes = figure.add_subplot()
+    image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(column_title)
+    axes.set_ylabel(row_title)
+    axes.set_xticks(*_ticks(columns))
+    axes.set_yticks(*_ticks(rows))
+    figure.colorbar(image, ax=axes, label=value_title)
+    if max(values.shape) <= ANNOTATE_UP_TO:
+        middle = (low + high) / 2
+        for (row, column), value in np.ndenumerate(values):
+            color = "black" if value > middle else "white"
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7
+            )
+    _save(figure, path)
+
+
+def loss_curve(metrics: epath.Path, path: epath.Path) -> None:
+    """Draws the training loss over steps from a workdir's `metrics.jsonl`.
+
+    Raises PlotError if the file is missing or holds no line with `step` and `loss`.
+    """
+    if not metrics.is_file():
+        raise PlotError(f"{metrics} does not exist: give the metrics.jsonl that train.py wrote")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.strip()]
+    # A resumed run writes some steps again: the later line of a step is the one that counts.
+    points = {line["step"]: line["loss"] for line in lines if "step" in line and "loss" in line}
+    if not points:
+        raise PlotError(f"{metrics} holds no line with step and loss")
+    steps = np.array(sorted(points))
+    losses = np.array([points[step] for step in steps])
+    figure = _figure(5.0, 3.2)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="0.75", linewidth=0.8, label="logged")
+    axes.plot(steps, smooth(losses), color="tab:blue", linewidth=1.6, label="smoothed")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centered moving mean over a twentieth of the curve; shorter windows at both ends."""
+    half = max(len(values) // 40, 1)
+    total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    index = np.arange(len(values))
+    start, stop = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[stop] - total[start]) / (stop - start)
+
+
+def _ticks(labels: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Every label while they fit, else every second, fourth, ..."""
+    every = 1
+    while len(labels) / every > 32:
+        every *= 2
+    index = list(range(0, len(labels), every))
+    return index, [labels[i] for i in index]
+
+
+def _save(figure: Any, path: epath.Path) -> None:
+    png = io.BytesIO()
+    figure.savefig(png, dpi=DPI, format="png")
+    path.write_bytes(png.getvalue())
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure in inches, drawn without a display and without matplotlib's global state."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
