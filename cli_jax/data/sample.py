@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cli_jax.batch import IGNORE
 from cli_jax.config import ImageConfig, VisionConfig
 from cli_jax.data.augment import augment
 from cli_jax.data.collate import Extent, Sizes
@@ -194,7 +193,7 @@ def _assemble(
     return Sample(
         id=str(row.get("id", "")),
         ids=ids,
-        labels=np.where(is_visual, IGNORE, np.repeat(encoded.labels, repeats)).astype(np.int32),
+        labels=np.repeat(encoded.labels, repeats),
         visual_position=np.flatnonzero(is_visual).astype(np.int32),
         visual_image=np.repeat(np.arange(len(images)), repeats[slots]).astype(np.int32),
         tiles=np.concatenate(

@@ -52,3 +52,15 @@ def test_strength_scales_the_change(image):
         return np.mean([np.abs(np.asarray(c, float) - np.asarray(image)).mean() for c in changed])
 
     assert 0 < change(0.1) < change(0.5) < change(1.0)
+
+
+def test_zoom_is_about_the_center(image):
+    class OnlyZoom:
+        def uniform(self, low, high, size=None):
+            return high if size is None else np.zeros(size)
+
+    pixels = np.asarray(augment(image, OnlyZoom(), 1.0))
+    y, x = np.nonzero(pixels[..., 0] > 130)
+    assert x.mean() == pytest.approx(29.5, abs=0.6)  # the block's center is the picture's
+    assert y.mean() == pytest.approx(19.5, abs=0.6)
+    assert len(x) == pytest.approx(400 * 1.15**2, rel=0.1)

@@ -36,7 +36,12 @@ def test_answer_only_labels_and_text_pass(tmp_path):
     check_prompt_context(text)
     batch = collate([[sound, text], [text, sound]], SIZES)
     check_prompt_context(batch)
-    at = batch["context_end"][1, 0]
-    batch["labels"][1, at - 1] = 1  # the last token of the answer's header
-    with pytest.raises(ConfigError, match="of row 1"):
-        check_prompt_context(batch)
+    end = batch["context_end"][1, 0]
+    first = batch["visual_position"][1].max(where=batch["visual_image"][1] == 0, initial=0) + 1
+    for at in (first, end - 1):  # right behind the picture; the last token before the answer
+        labels = batch["labels"].copy()
+        labels[1, at] = 1
+        with pytest.raises(ConfigError, match="of row 1"):
+            check_prompt_context({**batch, "labels": labels})
+    batch["labels"][1, [first - 1, end]] = 1
+    check_prompt_context(batch)
