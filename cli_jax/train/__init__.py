@@ -1,0 +1,1 @@
+"""Optimizer, loss, step, checkpoints and the training loop."""

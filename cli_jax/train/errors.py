@@ -1,0 +1,21 @@
+"""The errors that a user can act on: each is one message that names the thing and the remedy."""
+
+from __future__ import annotations
+
+from cli_jax.data import DataError
+from cli_jax.evaluate.run import OutputError
+from cli_jax.experiment import ConfigError
+from cli_jax.hf.error import ConversionError
+from cli_jax.train.checkpoint import CheckpointError
+from cli_jax.train.loop import TrainingError
+from cli_jax.train.workdir import WorkdirError
+
+EXPECTED = (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    DataError,
+    OutputError,
+    TrainingError,
+    WorkdirError,
+)

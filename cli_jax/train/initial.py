@@ -1,0 +1,65 @@
+"""The state a run starts from: loaded parameters where there are some, fresh ones elsewhere."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from cli_jax.hf import load as hf
+from cli_jax.train.checkpoint import FOLDER, CheckpointError, load_params, stored_arrays
+from cli_jax.train.optimizer import init_optimizer, trained
+from cli_jax.train.setup import Setup, shardings
+from cli_jax.train.state import TrainState, flatten, split, unflatten
+
+Leaves = dict[str, jax.Array]
+
+
+def init_state(setup: Setup, loaded: Leaves) -> TrainState:
+    """The state before the first update, built in its shards by one compiled call.
+
+    `loaded`, {path: array in its shards}, is consumed: its buffers become the state's, so the model
+    is never held twice. The other parameters are drawn from `experiment.seed`.
+    """
+    paths = trained(setup.rates)
+
+    def build(loaded: Leaves) -> TrainState:
+        leaves = flatten(setup.init_params(setup.experiment.seed)) | loaded
+        params = unflatten(leaves)
+        opt_state = init_optimizer(setup.optimizer, split(params, paths)[0])
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+    with setup.context():
+        return jax.jit(build, donate_argnums=0, out_shardings=shardings(setup.state))(loaded)
+
+
+def load_initial(setup: Setup) -> tuple[Leaves, str]:
+    """The leaves that `config.init_from` has for the model, and a sentence on what they are."""
+    source = setup.experiment.init_from
+    notes: tuple[str, ...] = ()
+    if not source:
+        return {}, "all parameters are new (config.init_from is empty)"
+    if (epath.Path(source) / FOLDER).exists():
+        loaded = _from_workdir(setup, source)
+    else:
+        found = hf.load_params(source, setup.experiment.model, setup.state.params, progress=True)
+        loaded, notes = flatten(found.params), found.notes
+    new = [path for path in flatten(setup.state.params) if path not in loaded]
+    sentence = f"{len(loaded)} arrays from {source}; new: {', '.join(new) or 'none'}"
+    return loaded, "\n".join((sentence, *notes))
+
+
+def _from_workdir(setup: Setup, workdir: str) -> Leaves:
+    wanted, stored = flatten(setup.state.params), stored_arrays(workdir)
+    common = {path: wanted[path] for path in wanted if path in stored}
+    wrong = [
+        f"{path}: {stored[path]} there, {leaf.shape} here"
+        for path, leaf in common.items()
+        if stored[path] != leaf.shape
+    ]
+    if wrong or not common:
+        raise CheckpointError(
+            f"config.init_from={workdir} holds another model: "
+            + ("\n  ".join(wrong[:10]) or "no parameter of this one")
+        )
+    return flatten(load_params(workdir, abstract=unflatten(common)))

@@ -1,0 +1,145 @@
+"""The training loop.
+
+One iteration: take a batch from the host, dispatch an update, then look at the metrics of the
+update before. So the device always has the next update queued while the host waits, and the loss
+is still checked after every update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cli_jax.experiment import ConfigError, Experiment
+from cli_jax.train.checkpoint import Checkpoints
+from cli_jax.train.initial import init_state, load_initial
+from cli_jax.train.interrupt import Interrupt
+from cli_jax.train.metrics import MetricsLog
+from cli_jax.train.report import parameter_table
+from cli_jax.train.setup import Setup, make_setup
+from cli_jax.train.state import TrainState, flatten
+from cli_jax.train.step import compile_step
+from cli_jax.train.workdir import describe, git_revision, prepare
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says at which step, and from where to go on."""
+
+
+class Result(NamedTuple):
+    """`complete` is False when the run was interrupted and saved."""
+
+    setup: Setup
+    state: TrainState
+    complete: bool
+
+
+def train(experiment: Experiment, workdir: str, data: Any) -> Result:
+    """Trains to `experiment.total_steps`, from the newest checkpoint in `workdir` if there is one.
+
+    `data` iterates over this process's rows of each batch and can be saved (`get_state`,
+    `set_state`). Raises `TrainingError` on a loss that is not finite.
+    """
+    folder, revision = prepare(workdir), git_revision()
+    setup = make_setup(experiment)
+    total = experiment.total_steps
+    with contextlib.ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
+        checkpoints = Checkpoints(folder, experiment.checkpoint)
+        stack.callback(checkpoints.close)
+        state = start(setup, checkpoints, data)
+        describe(folder, experiment, revision)
+        first = step = saved = int(state.step)
+        if first >= total:
+            return Result(setup, state, complete=True)
+        update = _compiled(setup)
+        log = MetricsLog(folder, first, total, experiment.log.every)
+        stack.callback(log.close)
+        pending: tuple[int, Any] | None = None
+        while step < total and not interrupt.requested(step):
+            batch = to_device(setup, next(data))
+            state, metrics = update(state, batch)
+            step += 1
+            if pending:
+                _finish(*pending, log, checkpoints)
+            pending = (step, metrics)
+            if step % experiment.checkpoint.every == 0 or step == total:
+                _finish(*pending, log, checkpoints)
+                pending = None
+                saved = checkpoints.save(state, data, experiment, revision)
+        if pending:
+            _finish(*pending, log, checkpoints)
+        if step > saved:
+            checkpoints.save(state, data, experiment, revision)
+        checkpoints.wait()
+    return Result(setup, state, complete=step == total)
+
+
+def start(setup: Setup, checkpoints: Checkpoints, data: Any) -> TrainState:
+    """The newest checkpoint's state, or a new one from `config.init_from`; says which."""
+    state = checkpoints.restore(setup.state, data)
+    if state is not None:
+        say(f"resuming after step {int(state.step)} from {checkpoints.directory}")
+    else:
+        loaded, sentence = load_initial(setup)
+        say(sentence)
+        state = init_state(setup, loaded)
+    say(parameter_table(flatten(setup.state.params), setup.rates))
+    shape = " x ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
+    say(f"mesh: {shape} on {jax.device_count()} {jax.devices()[0].device_kind}")
+    for note in setup.notes:
+        say(f"note: {note}")
+    return state
+
+
+def to_device(setup: Setup, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows -> global arrays split over the mesh."""
+    return {
+        name: jax.make_array_from_process_local_data(leaf.sharding, rows[name], leaf.shape)
+        for name, leaf in setup.batch.items()
+    }
+
+
+def rows_per_process(experiment: Experiment) -> int:
+    """How many rows of a batch each process reads."""
+    rows, processes = experiment.data.batch_size, jax.process_count()
+    if rows % processes:
+        raise ConfigError(
+            f"config.data.batch_size={rows} is not a multiple of the {processes} processes"
+        )
+    return rows // processes
+
+
+def say(text: str) -> None:
+    """Prints on the first process only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def _compiled(setup: Setup) -> Any:
+    begun = time.perf_counter()
+    update = compile_step(setup)
+    say(f"compiled the update in {time.perf_counter() - begun:.1f} s")
+    return update
+
+
+def _finish(step: int, metrics: Any, log: MetricsLog, checkpoints: Checkpoints) -> None:
+    """Waits for an update, logs it, and stops the run if it has no finite loss and gradient."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    bad = [
+        f"{name} is {values[name]}"
+        for name in ("loss", "grad_norm")
+        if not math.isfinite(values[name])
+    ]
+    if bad:
+        checkpoints.wait()
+        raise TrainingError(
+            f"{' and '.join(bad)} at step {step}: stopped. {checkpoints.describe_latest()}; a "
+            f"lower learning rate, clipping or float32 may help"
+        )
+    log.done(step, values)

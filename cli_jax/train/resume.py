@@ -1,0 +1,66 @@
+"""May a run go on from a checkpoint? Compares what was saved with what the config asks for."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from cli_jax.experiment import ConfigError
+from cli_jax.train.state import leaf_paths
+
+_REMEDY = (
+    "Restore the old config, or use another --workdir, with --config.init_from set to this one to "
+    "start from its parameters"
+)
+
+
+class ChangedRunError(ConfigError):
+    """The config and the checkpoint belong to different runs."""
+
+
+def describe(state: Any, checksums: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """{path: shape, dtype, checksum} of a state's arrays."""
+    return {
+        path: {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": checksums[path]}
+        for path, x in leaf_paths(state).items()
+    }
+
+
+def check(metadata: dict[str, Any], state: Any, where: os.PathLike) -> None:
+    """Raises `ChangedRunError` unless the checkpoint's arrays are those of the state.
+
+    Learning rates, logging, evaluation, the mesh and the length of the run may change; shapes and
+    the choice of trained parameters may not. The order of the data is guarded by the data's own
+    state, of which there is one per process.
+    """
+    problems = _array_problems(metadata["arrays"], state)
+    if problems:
+        shown = "\n  ".join(problems[:10] + (["..."] if len(problems) > 10 else []))
+        raise ChangedRunError(
+            f"the config does not fit the checkpoint {os.fspath(where)}:\n  {shown}\n{_REMEDY}"
+        )
+    before, now = metadata["processes"], jax.process_count()
+    if before != now:
+        raise ChangedRunError(
+            f"{os.fspath(where)} was written by {before} processes and there are {now}, which "
+            f"would change the order of the data. {_REMEDY}"
+        )
+
+
+def _array_problems(saved: dict[str, dict[str, Any]], state: Any) -> list[str]:
+    wanted = {
+        path: (tuple(x.shape), str(np.dtype(x.dtype))) for path, x in leaf_paths(state).items()
+    }
+    found = {path: (tuple(a["shape"]), a["dtype"]) for path, a in saved.items()}
+    problems = []
+    for path in sorted({*wanted, *found}):
+        if path not in found:
+            problems.append(f"{path}: not in the checkpoint")
+        elif path not in wanted:
+            problems.append(f"{path}: only in the checkpoint")
+        elif wanted[path] != found[path]:
+            problems.append(f"{path}: checkpoint {found[path]}, config {wanted[path]}")
+    return problems

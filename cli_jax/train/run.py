@@ -1,0 +1,99 @@
+"""A whole run: data, training, then the evaluation and the pictures that the config asks for."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import jax
+
+from cli_jax.analysis import plots
+from cli_jax.data import pipeline
+from cli_jax.evaluate.run import evaluate
+from cli_jax.experiment import ConfigError, Experiment
+from cli_jax.fusion import registry
+from cli_jax.text import load_tokenizer
+from cli_jax.train import metrics
+from cli_jax.train.loop import rows_per_process, say, train
+from cli_jax.train.setup import Setup
+from cli_jax.train.state import Params
+from cli_jax.train.workdir import prepare
+
+
+def run(experiment: Experiment, workdir: str) -> bool:
+    """Trains, or goes on training, in `workdir`; True when done, False when it was interrupted.
+
+    A finished run is evaluated on `experiment.eval.path`, if there is one, into the same folder.
+    """
+    prepare(workdir)  # first of all: nothing is worth reading if nothing can be written
+    _check_eval(experiment)
+    with contextlib.closing(_open_data(experiment)) as data:
+        result = train(experiment, workdir, data)
+        books = pipeline.report(data.get_state())
+    say(
+        f"data: {books['drawn']:,} samples drawn, {books['skipped_rows']} unusable and "
+        f"{books['too_long_rows']} too long rows dropped, {books['fill_tokens']:.1%} of the "
+        f"tokens and {books['fill_visual']:.1%} of the visual slots filled"
+    )
+    step = int(result.state.step)
+    if not result.complete:
+        say(f"interrupted and saved after step {step}: the same command goes on from there")
+        return False
+    if jax.process_index() == 0:
+        _draw(Path(workdir))
+    if experiment.eval.path:
+        setup, params = result.setup, result.state.params
+        del result  # the optimizer's state is not needed any more
+        _evaluate(setup, params, workdir, step)
+    return True
+
+
+def _open_data(experiment: Experiment) -> pipeline.Loader:
+    model = experiment.model
+    tokenizer = load_tokenizer(experiment.data.tokenizer)
+    if tokenizer.max_id >= model.text.vocab_size:
+        raise ConfigError(
+            f"config.model.text.vocab_size={model.text.vocab_size} is too small: the tokenizer "
+            f"{experiment.data.tokenizer} has ids up to {tokenizer.max_id}"
+        )
+    return pipeline.make_loader(
+        experiment.data,
+        model.image,
+        model.vision,
+        seed=experiment.seed,
+        rows_per_process=rows_per_process(experiment),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        prompt_context=registry.of(model).needs_prompt_context(model.fusion),
+        tokenizer=tokenizer,
+    )
+
+
+def _check_eval(experiment: Experiment) -> None:
+    path = experiment.eval.path
+    if path and not Path(path).is_file():
+        raise ConfigError(f"config.eval.path={path} does not exist; empty means no evaluation")
+
+
+def _evaluate(setup: Setup, params: Params, workdir: str, step: int) -> None:
+    settings = setup.experiment.eval
+    with setup.context():
+        scores = evaluate(
+            setup.model,
+            params,
+            setup.experiment,
+            settings.path,
+            settings.image_root,
+            workdir,
+            step=step,
+        )
+    say(f"evaluated on {settings.path}: {scores['overall']}")
+
+
+def _draw(folder: Path) -> None:
+    try:
+        plots.require_matplotlib()
+    except plots.PlotError as error:
+        say(f"no loss curve: {error}")
+        return
+    plots.loss_curve(folder / metrics.FILE, folder / "loss.png")
