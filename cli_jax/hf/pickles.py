@@ -1,7 +1,7 @@
 """`convert.py bin-to-safetensors`: torch's pickled weights -> safetensors. Needs torch.
 
 The only place where a pickle is opened, with torch's restricted loader (`weights_only=True`), which
-builds tensors and nothing else. Files are mapped into memory, so only what is written is read.
+builds tensors and nothing else.
 """
 
 from __future__ import annotations
@@ -15,29 +15,58 @@ import numpy as np
 from cli_jax.hf.error import ConversionError
 from cli_jax.hf.source import PICKLES, SIDE_FILES
 from cli_jax.hf.tensor import Tensor
-from cli_jax.hf.tensorfile import BFLOAT16
+from cli_jax.hf.tensorfile import BFLOAT16, DTYPES
 from cli_jax.hf.write import copy_files, output_folder, write_tensors
 
 # Training states that lie next to weights.
 _NOT_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
+_REOPEN_BYTES = 2**29
+
+
+class TorchFiles:
+    """Pickle files, one open at a time.
+
+    A file is mapped into memory, so only what is read of it is loaded; what has been read stays,
+    so after a while the file is opened afresh. Files older than torch 1.6 are loaded whole.
+    """
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._tensors: Mapping[str, Any] = {}
+        self._read = 0
+
+    def open(self, file: Path) -> Mapping[str, Any]:
+        mapped = _is_zip(file)
+        if file != self._file or (mapped and self._read > _REOPEN_BYTES):
+            self._tensors = {}  # before loading: two files are never held at once
+            self._tensors, self._file, self._read = _load(file, mapped), file, 0
+        return self._tensors
+
+    def rows(self, file: Path, name: str, start: int, stop: int) -> Any:
+        rows = self.open(file)[name][start:stop].detach().contiguous()
+        self._read += rows.nbytes
+        return rows
 
 
 class TorchTensor:
-    """A torch tensor as a `Tensor`; bfloat16 goes through its bits, numpy has no such type."""
+    """A torch tensor in a file; bfloat16 goes through its bits, for numpy has no such type."""
 
-    def __init__(self, tensor: Any) -> None:
-        import torch
-
-        kinds = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: BFLOAT16}
-        if tensor.dtype not in kinds:
-            raise ConversionError(f"dtype {tensor.dtype} is not supported")
-        self.tensor, self.dtype = tensor, np.dtype(kinds[tensor.dtype])
-        self.shape = tuple(tensor.shape)
-        self._bits = torch.int16 if self.dtype == BFLOAT16 else None
+    def __init__(self, files: TorchFiles, file: Path, name: str) -> None:
+        tensor = files.open(file)[name]
+        kind = str(tensor.dtype).removeprefix("torch.")
+        known = {dtype.name: dtype for dtype in DTYPES.values()}
+        if kind not in known or not tensor.ndim:
+            raise ConversionError(f"{kind} {list(tensor.shape)} is no weight")
+        self.shape, self.dtype = tuple(tensor.shape), known[kind]
+        self._files, self._file, self._name = files, file, name
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        rows = self.tensor[start:stop].detach().contiguous()
-        return (rows.view(self._bits).numpy().view(BFLOAT16)) if self._bits else rows.numpy()
+        import torch
+
+        rows = self._files.rows(self._file, self._name, start, stop)
+        if self.dtype == BFLOAT16:
+            return rows.view(torch.int16).numpy().view(BFLOAT16)
+        return rows.numpy()
 
 
 def bin_to_safetensors(
@@ -48,17 +77,15 @@ def bin_to_safetensors(
     Returns {name: why} of what was left out: buffers of integer type and the like.
     """
     path = Path(source).expanduser()
-    files = [path] if path.is_file() else _pickles(path)
+    files = TorchFiles()
     tensors: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
-    for file in files:
-        for name, value in _load(file).items():
+    for file in [path] if path.is_file() else _pickles(path):
+        for name in files.open(file):
             if name in tensors:
                 raise ConversionError(f"{name} is in two files of {path}")
             try:
-                if not value.ndim:
-                    raise ConversionError("a scalar")
-                tensors[name] = TorchTensor(value)
+                tensors[name] = TorchTensor(files, file, name)
             except ConversionError as error:
                 left_out[name] = str(error)
     if not tensors:
@@ -83,7 +110,7 @@ def _pickles(folder: Path) -> list[Path]:
     return found
 
 
-def _load(file: Path) -> Mapping[str, Any]:
+def _load(file: Path, mapped: bool) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError as error:
@@ -91,7 +118,7 @@ def _load(file: Path) -> Mapping[str, Any]:
             "bin-to-safetensors needs torch: pip install torch, or convert on a machine that has it"
         ) from error
     try:
-        value = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+        value = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise ConversionError(
             f"{file} is refused by torch's safe loader: {str(error).splitlines()[0]}"
@@ -102,6 +129,6 @@ def _load(file: Path) -> Mapping[str, Any]:
 
 
 def _is_zip(file: Path) -> bool:
-    """torch's format since 1.6; older files cannot be mapped and are read whole."""
+    """torch's format since 1.6; older files cannot be mapped."""
     with file.open("rb") as handle:
         return handle.read(4) == b"PK\x03\x04"

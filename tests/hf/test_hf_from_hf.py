@@ -1,6 +1,9 @@
 """`from-hf`: every layout in, one layout out, not a bit changed, and clear refusals."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,3 +179,14 @@ def test_command_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "exists and is not empty" in error
     assert len(error.splitlines()) == 1
+
+
+def test_conversions_need_neither_jax_nor_torch():
+    """What keeps their memory small, and lets them run where no accelerator library is."""
+    code = (
+        "import sys, convert\n"
+        "from cli_jax.hf import compose, from_hf, pickles\n"
+        "assert not {'jax', 'flax', 'torch', 'transformers'} & set(sys.modules), sys.modules.keys()"
+    )
+    root = Path(convert.__file__).parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

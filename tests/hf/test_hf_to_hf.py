@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
 from flax.traverse_util import flatten_dict
 from hf_models import (
     CLIP,
@@ -23,6 +24,7 @@ from hf_models import (
     stored,
 )
 from hf_workdir import random_params, write_workdir
+from safetensors.numpy import load_file, save_file
 
 import convert
 from cli_jax.experiment import DataConfig
@@ -30,7 +32,7 @@ from cli_jax.hf.error import ConversionError
 from cli_jax.hf.from_hf import from_hf
 from cli_jax.hf.load import load_params
 from cli_jax.hf.to_hf import to_hf
-from cli_jax.hf.workdir import open_workdir
+from cli_jax.hf.workdir import StoredArray, open_workdir
 
 
 def same_params(a, b):
@@ -122,6 +124,32 @@ def test_boxes_of_a_stored_array(tmp_path):
         np.testing.assert_array_equal(arrays[path].read(index), np.asarray(params[path])[index])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_boxes_of_an_array_in_many_chunks(dtype):
+    """Any box, and never more than its own chunks in memory."""
+    rng = np.random.default_rng(0)
+    array = rng.standard_normal((5, 7, 9), np.float32).astype(jnp.dtype(dtype))
+    metadata = {"chunks": [1, 4, 9]}
+    store = ts.open(
+        {"driver": "zarr", "kvstore": "memory://", "metadata": metadata},
+        create=True,
+        dtype=dtype,
+        shape=array.shape,
+    ).result()
+    store.write(array).result()
+    last = {}
+    arrays = [StoredArray(name, store, last) for name in ("a", "b")]
+    for _ in range(60):
+        ends = [sorted(rng.choice(n + 1, 2, replace=False).tolist()) for n in array.shape]
+        index = tuple(slice(*e) if rng.random() < 0.7 else e[0] for e in ends)
+        found = arrays[rng.integers(2)].read(index)
+        assert same(np.ascontiguousarray(found), np.ascontiguousarray(array[index]))
+        ((box, held),) = last.values()
+        assert held.shape == tuple(high - low for low, high in box)
+        layers = 1 if isinstance(index[0], int) else index[0].stop - index[0].start
+        assert held.shape[0] == layers
+
+
 class TestAdapter:
     """A CLI model on a base: shared alone, joined again, and refused on any other base."""
 
@@ -162,8 +190,6 @@ class TestAdapter:
         other, tensors, _ = source(tmp_path / "other", SIGLIP, QWEN, "hub", "bfloat16")
         from_hf(other, tmp_path / "fine", adapter=tmp_path / "adapter")  # same values: same base
         tensors["vision_tower.post_layernorm.bias"][0] += 1  # the least used parameter there is
-        from safetensors.numpy import save_file
-
         save_file(stored(tensors, "hub"), other / "model.safetensors")
         with pytest.raises(ConversionError) as error:
             from_hf(other, tmp_path / "out", adapter=tmp_path / "adapter")
@@ -197,8 +223,6 @@ class TestAdapter:
             load_params(tmp_path / "out", changed, abstract_params(changed))
 
     def test_half_an_adapter_or_other_tensors_are_refused(self, tmp_path, run):
-        from safetensors.numpy import load_file, save_file
-
         _, model, _, workdir = run
         to_hf(workdir, tmp_path / "out")
         file = tmp_path / "out/cli_adapter.safetensors"

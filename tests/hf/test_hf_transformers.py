@@ -10,6 +10,7 @@ from hf_models import (
     QWEN,
     QWEN_UNTIED,
     SIGLIP,
+    abstract_params,
     hub_config,
     model_config,
     original_config,
@@ -20,8 +21,11 @@ from hf_models import (
 from hf_workdir import random_params, write_workdir
 
 import convert
+from cli_jax.experiment import DataConfig
 from cli_jax.hf import names
+from cli_jax.hf.checkpoint import read
 from cli_jax.hf.from_hf import from_hf
+from cli_jax.hf.load import load_params
 from cli_jax.hf.to_hf import to_hf
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers on torch")
@@ -150,6 +154,16 @@ class TestVerify:
         assert result["error_in_standard_deviations"] < 1e-5
         assert result["compared_positions"] > 20
         assert result["next_token"][0] == result["next_token"][1]
+
+    def test_equal_after_training(self, folder, tmp_path):
+        """from-hf -> training state -> to-hf."""
+        checkpoint = read(folder)
+        model = model_config(checkpoint.vision, checkpoint.text)
+        params = load_params(folder, model, abstract_params(model)).params
+        data = DataConfig(tokenizer=str(folder))
+        workdir = write_workdir(tmp_path / "run", model, params, data=data, init_from=str(folder))
+        to_hf(workdir, tmp_path / "trained")
+        assert convert.main(["verify", str(tmp_path / "trained"), "--bound", "1e-5"]) == 0
 
     def test_a_swapped_pair_of_kernels_is_seen(self, folder, monkeypatch, capsys):
         """Our side reads q as k: what a wrong conversion would do."""
