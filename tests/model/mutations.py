@@ -21,9 +21,8 @@ from cli_jax.model import decoder, layers, projector, stack, vision, vlm
 
 Params = dict[str, Any]
 SIGLIP, CLIP = "siglip_qwen2", "clip_llama"
-QUIET = (
-    0.05  # scale of the residual streams at which a norm's eps matters (reference.draw_parameters)
-)
+# Scale of the residual streams (reference.draw_parameters) at which a norm's eps matters.
+QUIET = 0.05
 
 
 def same(x: Any) -> Any:
@@ -83,7 +82,7 @@ def swapped(path: str, one: str, other: str) -> Callable[[Params], Any]:
 
 
 def biases(case: str) -> list[str]:
-    """Paths of every bias that a case uses."""
+    """Paths of every bias that a case uses, but for the tower's keys (see INVISIBLE)."""
     norms = [f"vision_tower/encoder/layers/layer_norm{i}" for i in (1, 2)]
     tower = [f"vision_tower/encoder/layers/self_attn/{x}" for x in ("q_proj", "v_proj", "out_proj")]
     tower += [f"vision_tower/encoder/layers/mlp/fc{i}" for i in (1, 2)]
