@@ -49,6 +49,7 @@ class DataConfig:
     tiles_per_row: int = 2  # M
     images_per_row: int = 4  # I
     pack: bool = True  # several samples per row
+    turns: Literal["all", "one"] = "all"  # "one": a draw of a row trains on one random question
     augment: float = 0.0  # strength of random shifts and color jitter, in [0, 1]; 0 = off
     workers: int = 0  # Grain processes; 0 = in the training process
     max_bad_share: float = 0.01  # share of unreadable rows above which training stops

@@ -16,7 +16,7 @@ from cli_jax.data.sources import RowError
 from cli_jax.experiment import DataConfig
 from cli_jax.image.anyres import READS, ImageLayout, layout
 from cli_jax.image.preprocess import make_tiles, open_image
-from cli_jax.text.conversation import before_last_answer
+from cli_jax.text.conversation import before_last_answer, one_exchange
 from cli_jax.text.encode import (
     IMAGE,
     Encoded,
@@ -81,6 +81,7 @@ class SampleSpec:
     vision: VisionConfig
     room: Extent
     augment: float = 0.0
+    one_question: bool = False
 
     @classmethod
     def from_config(
@@ -94,6 +95,7 @@ class SampleSpec:
             vision=vision,
             room=Sizes.from_config(data, vision, rows=1).row,
             augment=data.augment,
+            one_question=data.turns == "one",
         )
 
 
@@ -102,14 +104,16 @@ def make_sample(
 ) -> Sample:
     """The training sample of a row whose pictures lie under `root`.
 
-    `rng` drives the augmentation and is needed only if `spec.augment` > 0. Raises RowError,
-    ConversationError or ImageError for a bad row, TooLong for one that no row can hold.
+    `rng` picks the question and drives the augmentation, where the spec asks for them. Raises
+    RowError, ConversationError or ImageError for a bad row, TooLong for one that no row can hold.
     """
-    if spec.augment and rng is None:
-        raise ValueError("augmentation is on: give a random generator")
-    paths = _image_paths(row)
+    paths, conversations = _image_paths(row), row.get("conversations")
+    if rng is None and (spec.augment or spec.one_question):
+        raise ValueError("augmentation or turns='one' is on: give a random generator")
+    if rng is not None and spec.one_question:
+        conversations = one_exchange(conversations, len(paths), lambda n: int(rng.integers(n)))
     encoded = encode_conversation(
-        row.get("conversations"),
+        conversations,
         spec.tokenizer,
         spec.template,
         spec.labels,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 SLOT = "<image>"  # in text: the place of a picture
@@ -48,6 +49,27 @@ def before_last_answer(conversations: Any) -> list[Any]:
         raise ConversationError("conversations is not a list of turns")
     answers = [i for i, turn in enumerate(conversations) if _turn(turn).role == "gpt"]
     return list(conversations[: answers[-1]] if answers else conversations)
+
+
+def one_exchange(conversations: Any, pictures: int, choose: Callable[[int], int]) -> Any:
+    """One question of a row with its answer, behind all slots of the row's pictures, if any.
+
+    `choose(n)` picks one of n exchanges. Short answers to many questions about one picture can be
+    copied from each other; trained one at a time they have to be read off the picture.
+    """
+    turns = parse(conversations)
+    pairs = [
+        (asked.text, answer.text)
+        for asked, answer in itertools.pairwise(turns)
+        if (asked.role, answer.role) == ("human", "gpt")
+    ]
+    if len(pairs) < 2:
+        return conversations
+    question, answer = pairs[choose(len(pairs))]
+    if pictures:
+        slots = sum(turn.text.count(SLOT) for turn in turns)
+        question = f"{SLOT}\n" * slots + question.replace(SLOT, "").strip()
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def slots_first(text: str) -> str:

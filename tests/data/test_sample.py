@@ -202,3 +202,45 @@ def test_a_row_survives_json(tmp_path):
     assert sample.extent == (4 + 2, 4, 1, 1)
     assert sample.labels.tolist() == [IGNORE] * 4 + sample.ids[4:].tolist()
     assert sample.context_end.tolist() == [4]
+
+
+class Choose:
+    """A generator whose every draw is `index`."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def integers(self, n):
+        return self.index
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_one_question_of_a_row_keeps_its_picture_and_drops_the_others(tmp_path, index):
+    name = small.picture(tmp_path, "a.png", 12, 6)
+    spec = dataclasses.replace(SPEC, one_question=True)
+    row = {"image": name, "conversations": turns("<image>\nQ", "A", "R", "B", "S", "C")}
+    alone = {"image": name, "conversations": turns(f"<image>\n{'QRS'[index]}", "ABC"[index])}
+    got = make_sample(row, str(tmp_path), spec, Choose(index))
+    want = make_sample(alone, str(tmp_path), SPEC)
+    for name in ("ids", "labels", "visual_position", "tiles", "context_end"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+
+
+def test_one_question_leaves_a_literal_slot_of_a_text_row_alone(tmp_path):
+    spec = dataclasses.replace(SPEC, one_question=True)
+    row = {"conversations": turns("say <image>", "A", "R", "B")}
+    want = make_sample({"conversations": turns("say <image>", "A")}, str(tmp_path), SPEC)
+    got = make_sample(row, str(tmp_path), spec, Choose(0))
+    np.testing.assert_array_equal(got.ids, want.ids)
+
+
+def test_one_question_draws_all_questions_and_needs_a_generator(tmp_path):
+    spec = dataclasses.replace(SPEC, one_question=True)
+    row = {"conversations": turns("Q", "A", "R", "B", "S", "C")}
+    drawn = {
+        tuple(make_sample(row, str(tmp_path), spec, np.random.default_rng(seed)).ids)
+        for seed in range(20)
+    }
+    assert len(drawn) == 3
+    with pytest.raises(ValueError, match="random generator"):
+        make_sample(row, str(tmp_path), spec)

@@ -1,0 +1,47 @@
+r"""Reading photographed meters: a CLI model on real pictures, trained from nothing.
+
+    python train.py --config configs/meter_digits.py --workdir runs/meter_digits \
+        --config.data.root=DATA
+
+DATA holds train.json, val_seen.json, val.json and their pictures: strips of 160 x 48 pixels with
+five digits of a meter. A strip is squashed to 160 x 160, so that a column of patches holds one
+digit. Every sample asks one question: several answers about one strip can be copied from each
+other, and a model that copies does not learn to look.
+
+The evaluation at the end is on later pictures of the training meters; for meters never seen:
+
+    python eval.py --workdir runs/meter_digits --data DATA/val.json --image_root DATA \
+        --output runs/meter_digits/results_unseen.json
+
+Hardware: 2 CPU cores.
+Time: not measured yet.
+Expected result: not measured yet. Always the commonest digit: 13%.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, models, small
+
+
+def get_config() -> ConfigDict:
+    config = small.base()
+    config.name = "meter_digits"
+    common.set_model(
+        config,
+        models.small_tower(image_size=160, patch_size=32, width=128, layers=3),
+        models.small_decoder(width=128, layers=3),
+        {"aspect_ratio": "square"},
+    )
+    config.data.update(
+        train=(common.source("train.json"),),
+        turns="one",
+        batch_size=16,
+        row_length=512,
+        visual_per_row=200,
+        tiles_per_row=8,
+        images_per_row=8,
+        augment=0.3,
+    )
+    config.eval.update(path="val_seen.json", batch_size=64, max_new_tokens=8)
+    config.total_steps = 3000
+    return config
