@@ -23,14 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     # Imported late, so that --help and wrong options answer at once.
     from cli_jax.analysis.gates import GateError
     from cli_jax.analysis.plots import PlotError
-    from cli_jax.data import DataError
-    from cli_jax.evaluate.output import OutputError
-    from cli_jax.experiment import ConfigError
-    from cli_jax.train.checkpoint import CheckpointError
+    from cli_jax.train.errors import EXPECTED
 
     try:
         args.run(args)
-    except (CheckpointError, ConfigError, DataError, GateError, OutputError, PlotError) as error:
+    except (*EXPECTED, GateError, PlotError) as error:
         print(f"analyze.py {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -34,14 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     # Imported late, so that --help and wrong options answer at once.
-    from cli_jax.data import DataError
-    from cli_jax.evaluate.output import OutputError
     from cli_jax.evaluate.report import table
     from cli_jax.evaluate.run import evaluate
     from cli_jax.evaluate.workdir import open_run
-    from cli_jax.experiment import ConfigError
     from cli_jax.generate.sampling import Sampling
-    from cli_jax.train.checkpoint import CheckpointError
+    from cli_jax.train.errors import EXPECTED
 
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
@@ -65,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
                 max_new_tokens=args.max_new_tokens,
                 sampling=sampling,
             )
-    except (CheckpointError, ConfigError, DataError, OutputError) as error:
+    except EXPECTED as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

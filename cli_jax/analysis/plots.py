@@ -27,7 +27,7 @@ def require_matplotlib() -> None:
 
 def heatmap(
     values: np.ndarray,
-    path: epath.Path,
+    path: epath.PathLike,
     *,
     rows: Sequence[str],
     columns: Sequence[str],
@@ -63,11 +63,12 @@ def heatmap(
     _save(figure, path)
 
 
-def loss_curve(metrics: epath.Path, path: epath.Path) -> None:
+def loss_curve(metrics: epath.PathLike, path: epath.PathLike) -> None:
     """Draws the training loss over steps from a workdir's `metrics.jsonl`.
 
     Raises PlotError if the file is missing or holds no line with `step` and `loss`.
     """
+    metrics = epath.Path(metrics)
     if not metrics.is_file():
         raise PlotError(f"{metrics} does not exist: give the metrics.jsonl that train.py wrote")
     lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.strip()]
@@ -107,10 +108,10 @@ def _ticks(labels: Sequence[str]) -> tuple[list[int], list[str]]:
     return index, [labels[i] for i in index]
 
 
-def _save(figure: Any, path: epath.Path) -> None:
+def _save(figure: Any, path: epath.PathLike) -> None:
     png = io.BytesIO()
     figure.savefig(png, dpi=DPI, format="png")
-    path.write_bytes(png.getvalue())
+    epath.Path(path).write_bytes(png.getvalue())
 
 
 def _figure(width: float, height: float) -> Any:

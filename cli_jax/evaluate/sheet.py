@@ -114,7 +114,7 @@ def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
 
 def _cut(line: str, font: Font, width: int) -> str:
     """One line of at most `width` pixels; line breaks become spaces."""
-    line = " ".join(line.split())
+    line = " ".join(line.split())[:width]  # no character is narrower than a pixel
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(line + "...") > width:

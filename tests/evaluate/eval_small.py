@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,10 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from cli_jax import batch as batch_lib
-from cli_jax.experiment import Experiment, from_dict
+from cli_jax.experiment import Experiment, from_dict, to_dict
 from cli_jax.model.vlm import build
+from cli_jax.train.checkpoint import Checkpoints
+from cli_jax.train.state import TrainState
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PIECES = (*SPECIALS, "<unk>", "\n", "system", "user", "assistant", *map(chr, range(32, 127)))
@@ -100,6 +104,27 @@ def make_model(experiment: Experiment, seed: int = 0) -> tuple[Any, Any]:
         return jnp.asarray(("scale" in name) + noise, leaf.dtype)
 
     return model, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def save_workdir(folder: Path, experiment: Experiment, params: Any, step: int = 3) -> Path:
+    """A workdir with one checkpoint, as training leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_dict(experiment)))
+    checkpoints = Checkpoints(folder, experiment.checkpoint)
+    data = iter(grain.MapDataset.range(3).to_iter_dataset())
+    checkpoints.save(TrainState(jnp.int32(step), params, {}), data, experiment, "test")
+    checkpoints.wait()
+    checkpoints.close()
+    return folder
+
+
+def load_command(name: str) -> Any:
+    """The module of an entry point, e.g. eval.py."""
+    path = Path(__file__).parents[2] / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"command_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def question(number: int, image: Any = None, **changes: Any) -> dict[str, Any]:

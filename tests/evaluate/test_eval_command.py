@@ -1,0 +1,142 @@
+"""eval.py and analyze.py, from a workdir on disk to files and exit codes."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from cli_jax.evaluate.workdir import open_run
+from cli_jax.experiment import ConfigError
+from cli_jax.train.checkpoint import CheckpointError
+from tests.evaluate import eval_small as small
+
+COMMAND = small.load_command("eval")
+ANALYZE = small.load_command("analyze")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("command")
+    experiment = small.make_experiment(folder)
+    _, params = small.make_model(experiment)
+    small.save_workdir(folder / "run", experiment, params)
+    small.save_questions(folder, 5)
+    return folder
+
+
+def options(folder, place, **more):
+    pairs = {
+        "workdir": folder / "run",
+        "data": folder / "questions.json",
+        "image_root": folder,
+        "output": folder / place,
+        **more,
+    }
+    return [text for name, value in pairs.items() for text in (f"--{name}", str(value))]
+
+
+def test_a_workdir_is_opened_as_it_was_saved(folder):
+    experiment = small.make_experiment(folder)
+    _, params = small.make_model(experiment)
+    run = open_run(folder / "run")
+    assert (run.step, run.experiment) == (3, experiment)
+    jax.tree.map(np.testing.assert_array_equal, run.params, params)
+
+
+def test_a_workdir_without_config_or_checkpoint_is_a_clear_error(folder, tmp_path):
+    with pytest.raises(ConfigError, match="does not exist: give a --workdir"):
+        open_run(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint 4"):
+        open_run(folder / "run", step=4)
+
+
+@pytest.fixture(scope="module")
+def printed(folder):
+    """What eval.py prints about all questions; its files are in `out`."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert COMMAND.main(options(folder, "out/results.json", step=3)) == 0
+    return text.getvalue().splitlines()
+
+
+def test_eval_writes_its_files_and_prints_a_table(folder, printed):
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert (results["step"], results["overall"]["n"]) == (3, 5)
+    assert [line.split()[0] for line in printed[:4]] == ["category", "few", "many", "overall"]
+    assert printed[-1] == f"written: {folder / 'out' / 'results.json'}"
+    names = ["examples.png", "predictions.jsonl", "results.json"]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == names
+
+
+def test_four_devices_give_the_answers_of_one(folder, printed):
+    root = Path(__file__).parents[2]
+    child = [sys.executable, str(Path(__file__).with_name("mesh_child.py")), str(folder)]
+    subprocess.run(child, check=True, env={**os.environ, "PYTHONPATH": str(root)})
+    results = json.loads((folder / "mesh" / "results.json").read_text())
+    assert results["device"].startswith("4 x")
+    assert results["generation"]["batch_size"] == 8  # five rows do not split evenly
+    one, four = ((folder / d / "predictions.jsonl").read_text() for d in ("out", "mesh"))
+    assert four == one
+
+
+def test_gates_writes_its_files(folder, capsys):
+    assert ANALYZE.main(["gates", *options(folder, "gates", limit=2)]) == 0
+    with np.load(folder / "gates" / "gates.npz") as found:
+        assert found["gates"].shape == (2, 2)
+    with Image.open(folder / "gates" / "gates.png") as image:
+        assert image.format == "PNG"
+    assert capsys.readouterr().out.count("written: ") == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"workdir": "nowhere"}, "nowhere/config.json does not exist"),
+        ({"data": "nowhere.json"}, "nowhere.json does not exist"),
+        ({"step": 9}, "no checkpoint 9"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "gates"])
+def test_a_failure_is_one_line_and_an_exit_code(folder, capsys, command, more, message):
+    output = "failed/results.json" if command == "eval" else "failed"
+    arguments = options(folder, output, **more)
+    code = COMMAND.main(arguments) if command == "eval" else ANALYZE.main(["gates", *arguments])
+    assert code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (folder / "failed" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"limit": -1},
+        {"batch_size": 0},
+        {"max_new_tokens": 0},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"output": "results.txt"},
+        {"tasks": "chartqa"},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_unusable_options_end_before_any_work(folder, capsys, more):
+    with pytest.raises(SystemExit) as stop:
+        COMMAND.main(options(folder, "x/results.json", **more))
+    assert stop.value.code == 2
+    assert next(iter(more)) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["gates", "--help"]])
+def test_help_explains_itself(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        (ANALYZE if arguments[0] == "gates" else COMMAND).main(arguments)
+    assert stop.value.code == 0
+    assert "--workdir" in capsys.readouterr().out
