@@ -38,7 +38,7 @@ class StoredArray:
         self.shape = tuple(store.shape)
         self.dtype = np.dtype(store.dtype.numpy_dtype)
         chunk = store.chunk_layout.read_chunk.shape or self.shape
-        self._chunk = tuple(c or n for c, n in zip(chunk, self.shape, strict=True))
+        self.chunk = tuple(c or n for c, n in zip(chunk, self.shape, strict=True))
 
     def read(self, index: tuple[slice | int, ...]) -> np.ndarray:
         wanted = [
@@ -47,7 +47,7 @@ class StoredArray:
         ]
         box = tuple(
             (low // c * c, min(-(-high // c) * c, n))
-            for (low, high), c, n in zip(wanted, self._chunk, self.shape, strict=True)
+            for (low, high), c, n in zip(wanted, self.chunk, self.shape, strict=True)
         )
         held = self._last.get(self._path)
         if held is None or held[0] != box:

@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from cli_jax.experiment import CheckpointConfig, ConfigError, Experiment, to_dict
 from cli_jax.train import resume
 from cli_jax.train.fingerprint import inspect
+from cli_jax.train.pieces import pieces
 from cli_jax.train.state import Params, TrainState, leaf_paths, unflatten
 
 FOLDER = "checkpoints"
@@ -82,7 +83,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
+                    params=ocp.args.StandardSave(state.params, save_args=pieces(state.params)),
                     optimizer=ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
                     data=grain.checkpoint.CheckpointSave(data),
                     metadata=ocp.args.JsonSave(metadata),

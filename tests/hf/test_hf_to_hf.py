@@ -33,6 +33,7 @@ from cli_jax.hf.from_hf import from_hf
 from cli_jax.hf.load import load_params
 from cli_jax.hf.to_hf import to_hf
 from cli_jax.hf.workdir import StoredArray, open_workdir
+from cli_jax.train.checkpoint import load_params as load_checkpoint_params
 
 
 def same_params(a, b):
@@ -122,6 +123,32 @@ def test_boxes_of_a_stored_array(tmp_path):
         (bias, (all_,)),
     ):
         np.testing.assert_array_equal(arrays[path].read(index), np.asarray(params[path])[index])
+
+
+def test_large_arrays_are_stored_in_pieces_and_layers_apart(tmp_path, monkeypatch):
+    """What lets to-hf read one layer at a time; the result is the same."""
+    model = model_config(SIGLIP, QWEN)
+    params = random_params(model)
+    whole = write_workdir(tmp_path / "whole", model, params)
+    monkeypatch.setattr("cli_jax.train.pieces.PIECE_BYTES", 2048)
+    cut = write_workdir(tmp_path / "cut", model, params)
+    kernel, table = (
+        "language_model/layers/mlp/up_proj/kernel",
+        "language_model/embed_tokens/embedding",
+    )
+    chunks = {}
+    for workdir in (whole, cut):
+        arrays = open_workdir(workdir).arrays
+        chunks[workdir] = [arrays[path].chunk for path in (kernel, table)]
+        to_hf(workdir, tmp_path / f"out_{workdir.name}", image_token_id=90)
+    assert chunks[whole] == [(2, 32, 48), (96, 32)]
+    assert all(np.prod(chunk) * 4 <= 2048 for chunk in chunks[cut])
+    assert chunks[cut][0][0] == 1
+    a, b = read_all(tmp_path / "out_whole"), read_all(tmp_path / "out_cut")
+    assert set(a) == set(b)
+    assert all(same(a[name], b[name]) for name in a)
+    restored = load_checkpoint_params(cut)
+    assert same_params(restored, params)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
