@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cli_jax import experiment as experiment_lib
@@ -46,9 +46,26 @@ _DISTRIBUTED = flags.DEFINE_boolean(
 flags.mark_flag_as_required("config")
 
 
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags; a `--config.` name that does not exist is one line, not a traceback."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error.args[0]
+        sys.exit(f"error: unknown name in a --config flag: {' '.join(str(reason).split())}")
+
+
+def _quiet() -> None:
+    """Leaves out what Orbax says of every file; what goes wrong in it arrives as an error here."""
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    if not flags.FLAGS["verbosity"].present:
+        _quiet()
     try:
         experiment = experiment_lib.from_dict(_CONFIG.value)
         if _DISTRIBUTED.value:
@@ -59,4 +76,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse)

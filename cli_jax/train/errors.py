@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from cli_jax.analysis.gates import GateError
 from cli_jax.data import DataError
-from cli_jax.evaluate.run import OutputError
+from cli_jax.evaluate.output import OutputError
 from cli_jax.experiment import ConfigError
 from cli_jax.hf.error import ConversionError
 from cli_jax.train.checkpoint import CheckpointError
@@ -15,6 +16,7 @@ EXPECTED = (
     ConfigError,
     ConversionError,
     DataError,
+    GateError,
     OutputError,
     TrainingError,
     WorkdirError,

@@ -1,16 +1,21 @@
-"""Where the numbers of a run go: a progress bar, `metrics.jsonl` and TensorBoard event files."""
+"""Where the numbers of a run go: a progress bar, `metrics.jsonl` and a TensorBoard event file."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 from typing import Any
 
 import jax
-import tensorboardX
 from etils import epath
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
+
+from cli_jax.train.workdir import WorkdirError
 
 FILE = "metrics.jsonl"
 
@@ -30,8 +35,9 @@ class MetricsLog:
         if not self._active:
             return
         forget_after(folder, start)
-        self._file = (folder / FILE).open("a")
-        self._board = tensorboardX.SummaryWriter(str(folder), purge_step=start + 1)
+        self._path = folder / FILE
+        self._file = self._path.open("a")
+        self._board = Board(folder, start)
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -42,38 +48,74 @@ class MetricsLog:
         )
 
     def done(self, step: int, values: dict[str, float]) -> None:
-        """Takes the metrics of an update that has finished, with `tokens` and `images` in them."""
+        """Takes the metrics of an update that has finished, with `tokens` and `images` in them.
+
+        Raises `WorkdirError` when they cannot be written.
+        """
         if not self._active:
             return
         self._tokens += values["tokens"]
         self._images += values["images"]
         if step % self._every == 0 or step == self._total:
-            self._write(step, values)
+            values = values | self._speeds()
+            self._show(values)
+            try:
+                self._write(step, values)
+            except OSError as error:
+                raise WorkdirError(
+                    f"cannot write {self._path}: {error.strerror or error}. Free some space, then "
+                    f"run the same command again: it goes on from the last checkpoint"
+                ) from error
         self._bar.update(1)
 
     def close(self) -> None:
         if self._active:
             self._bar.close()
-            self._file.close()
-            self._board.close()
+            with contextlib.suppress(OSError):  # was reported when a line could not be written
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _speeds(self) -> dict[str, float]:
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now
-        values = values | {
-            "tokens_per_second": self._tokens / seconds,
-            "images_per_second": self._images / seconds,
-        }
-        self._tokens = self._images = 0.0
+        tokens, images, self._tokens, self._images = self._tokens, self._images, 0.0, 0.0
+        return {"tokens_per_second": tokens / seconds, "images_per_second": images / seconds}
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+        self._board.write(step, values)
+
+    def _show(self, values: dict[str, float]) -> None:
         self._bar.set_postfix_str(
             f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, "
             f"{values['tokens_per_second']:,.0f} tokens/s, "
             f"{values['images_per_second']:,.1f} images/s"
         )
+
+
+class Board:
+    """A TensorBoard event file, written in place.
+
+    Not tensorboardX's `SummaryWriter`: its writing thread dies on a full disk, and the training
+    that feeds it then waits for ever.
+    """
+
+    def __init__(self, folder: epath.Path, start: int) -> None:
+        self._writer = EventsWriter(str(folder / "events"), f".{start}")
+        # What an earlier process wrote of later steps is to be hidden: they are done again.
+        again = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(step=start + 1, wall_time=time.time(), session_log=again))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            summary = scalar(f"train/{name}", value)
+            self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read(folder: epath.Path) -> list[dict[str, Any]]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import jax
 
-from cli_jax.analysis import plots
+from cli_jax import demo
+from cli_jax.analysis import gates, plots
 from cli_jax.data import pipeline
 from cli_jax.evaluate.run import evaluate
-from cli_jax.experiment import ConfigError, Experiment
+from cli_jax.experiment import ConfigError, Experiment, locate
 from cli_jax.fusion import registry
 from cli_jax.text import load_tokenizer
 from cli_jax.train import metrics
@@ -23,9 +24,13 @@ from cli_jax.train.workdir import prepare
 def run(experiment: Experiment, workdir: str) -> bool:
     """Trains, or goes on training, in `workdir`; True when done, False when it was interrupted.
 
-    A finished run is evaluated on `experiment.eval.path`, if there is one, into the same folder.
+    A finished run is evaluated on `experiment.eval.path`, if there is one, into the same folder,
+    with pictures of the loss and of the gates where matplotlib is installed.
     """
     prepare(workdir)  # first of all: nothing is worth reading if nothing can be written
+    experiment = locate(experiment, workdir)
+    if demo.prepare(experiment.data):
+        say(f"made the data set {experiment.data.prepare!r} in {experiment.data.root}")
     _check_eval(experiment)
     with contextlib.closing(_open_data(experiment)) as data:
         result = train(experiment, workdir, data)
@@ -39,12 +44,11 @@ def run(experiment: Experiment, workdir: str) -> bool:
     if not result.complete:
         say(f"interrupted and saved after step {step}: the same command goes on from there")
         return False
-    if jax.process_index() == 0:
-        _draw(Path(workdir))
+    setup, params = result.setup, result.state.params
+    del result  # the optimizer's state is not needed any more
     if experiment.eval.path:
-        setup, params = result.setup, result.state.params
-        del result  # the optimizer's state is not needed any more
         _evaluate(setup, params, workdir, step)
+    _draw(setup, params, workdir)
     return True
 
 
@@ -87,13 +91,31 @@ def _evaluate(setup: Setup, params: Params, workdir: str, step: int) -> None:
             workdir,
             step=step,
         )
-    say(f"evaluated on {settings.path}: {scores['overall']}")
+    overall = scores["overall"]
+    say(
+        f"exact match {overall['exact_match']:.1%} of {overall['n']} questions of {settings.path} "
+        f"(the commonest answer: {overall['chance']['exact_match']:.1%})"
+    )
 
 
-def _draw(folder: Path) -> None:
+def _draw(setup: Setup, params: Params, workdir: str) -> None:
+    """Draws the loss curve, and the gates of the evaluation's pictures if the model has gates."""
     try:
         plots.require_matplotlib()
     except plots.PlotError as error:
-        say(f"no loss curve: {error}")
+        say(f"no pictures of the loss and the gates: {error}")
         return
-    plots.loss_curve(folder / metrics.FILE, folder / "loss.png")
+    if jax.process_index() == 0:
+        plots.loss_curve(Path(workdir) / metrics.FILE, Path(workdir) / "loss.png")
+    settings, model = setup.experiment.eval, setup.experiment.model
+    if settings.path and registry.of(model).gated_taps(model.fusion, model.vision):
+        with setup.context():
+            gates.analyze_gates(
+                setup.model,
+                params,
+                setup.experiment,
+                settings.path,
+                settings.image_root,
+                workdir,
+                limit=settings.limit,
+            )
