@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from cli_jax.evaluate.prompts import (
+    THREADS,
     load_prompts,
     open_pictures,
     prompt_spec,
@@ -104,6 +105,23 @@ def test_many_prompts_stay_in_order(tmp_path, spec):
     found = list(load_prompts(questions, str(tmp_path), spec))
     assert [number for number, _ in found] == list(range(30))
     assert [sample.id for _, sample in found] == [q.id for q in questions]
+
+
+def test_few_prompts_are_held(tmp_path, spec):
+    """The pictures of a large file must not all be decoded before the first is asked about."""
+    taken = []
+
+    class Watched(list):
+        def __iter__(self):
+            for question in super().__iter__():
+                taken.append(question)
+                yield question
+
+    questions = Watched(read_questions(small.save_questions(tmp_path, 40)))
+    stream = load_prompts(questions, str(tmp_path), spec)
+    next(stream)
+    assert len(taken) == 2 * THREADS + 1
+    assert len(list(stream)) == 39
 
 
 def test_blank_prompts_equal_prompts_with_gray_files(tmp_path, spec):

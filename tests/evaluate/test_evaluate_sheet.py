@@ -43,6 +43,15 @@ def test_right_is_green_and_wrong_is_red_in_the_cell_of_its_example(tmp_path):
     assert not has_color(right, GREEN)
 
 
+def test_examples_fill_the_sheet_row_by_row(tmp_path):
+    path = tmp_path / "examples.png"
+    contact_sheet([example(correct=i != 6) for i in range(7)], path)
+    pixels = np.asarray(Image.open(path))
+    assert has_color(pixels[CELL_HEIGHT:, :WIDTH], RED)
+    assert not has_color(pixels[:CELL_HEIGHT], RED)
+    assert (pixels[CELL_HEIGHT:, WIDTH:] == 255).all()
+
+
 def test_every_picture_of_a_row_is_drawn(tmp_path):
     path = tmp_path / "examples.png"
     contact_sheet([example(images=3)], path)
