@@ -6,15 +6,13 @@
 
 Writes random weights in a temporary folder (up to 30 GB for 3B with --to_hf; --folder says where),
 runs each conversion in a process of its own and prints its peak resident memory next to the bound:
-1.5 GB plus the largest tensor. Exit code 1 if one is above. Training checkpoints are made by the
-training code itself, which needs the whole state in memory: 4 GB for 1B, 14 GB for 3B.
+1.5 GB plus the largest tensor. Exit code 1 if one is above.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -43,8 +41,6 @@ SIZES = {
     "1B": TextConfig(vocab_size=152_000),  # LLaVA-OneVision 0.5B: 0.9B in all
     "3B": TextConfig("qwen2", 152_000, 2048, 11_008, 36, 16, 2, 128),  # Qwen2.5-3B: 3.5B in all
 }
-# float32 master weights at 1B; bfloat16 at 3B, so that the state can be made on a laptop
-TRAINED = {"1B": "float32", "3B": "bfloat16"}
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
 
@@ -90,43 +86,66 @@ def generate_bin(folder: Path, size: str) -> None:
 
 
 def generate_workdir(folder: Path, size: str) -> None:
-    """A workdir with one checkpoint of a CLI model."""
-    text, dtype = SIZES[size], TRAINED[size]
-    import grain
+    """A workdir with one checkpoint of a CLI model in float32, laid out as training lays it out.
+
+    Orbax itself needs the whole state in memory, three times over; here it is written in pieces.
+    """
     import jax
-    import jax.numpy as jnp
+    import tensorstore as ts
     from flax import linen as nn
+    from flax.traverse_util import flatten_dict
 
     from cli_jax import batch, experiment
     from cli_jax.fusion import registry
     from cli_jax.model import vlm
-    from cli_jax.train.checkpoint import Checkpoints
-    from cli_jax.train.state import TrainState
+    from cli_jax.train.checkpoint import FOLDER
 
-    model = ModelConfig(VISION, text, IMAGE, "cli", registry.get("cli").Config())
+    model = ModelConfig(VISION, SIZES[size], IMAGE, "cli", registry.get("cli").Config())
     sections = {f.name: f.type for f in dataclasses.fields(experiment.Experiment)}
-    run = experiment.Experiment(
-        name="benchmark",
-        model=model,
-        **{
-            name: getattr(experiment, kind)()
-            for name, kind in sections.items()
-            if str(kind).endswith("Config") and name != "model"
-        },
-    )
+    defaults = {
+        name: getattr(experiment, str(kind))()
+        for name, kind in sections.items()
+        if str(kind).endswith("Config") and name != "model"
+    }
+    run = experiment.Experiment(name="benchmark", model=model, **defaults)
     one = batch.empty(
         rows=1, length=8, visual=4, tiles=1, images=1, tile_size=384, patches=VISION.num_patches
     )
     init = vlm.build(model, run.compute).init
     shapes = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), dict(one))["params"])
-    params = jax.tree.map(lambda x: jnp.asarray(Noise(x.shape, dtype).read(0, x.shape[0])), shapes)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(experiment.to_dict(run)))
-    checkpoints = Checkpoints(folder, run.checkpoint)
-    data = iter(grain.MapDataset.range(1).to_iter_dataset())
-    checkpoints.save(TrainState(jnp.int32(1), params, {}), data, run, "benchmark")
-    checkpoints.wait()
-    checkpoints.close()
+    leaves = flatten_dict(shapes, sep="/")
+
+    step = folder / FOLDER / "1"
+    (step / "params").mkdir(parents=True)
+    (step / "metadata").mkdir()
+    write_json(folder / "config.json", experiment.to_dict(run))
+    write_json(step / "params" / "_METADATA", {"use_zarr3": False})
+    arrays = {f"params/{p}": {"shape": x.shape, "dtype": "float32"} for p, x in leaves.items()}
+    write_json(step / "metadata" / "metadata", {"arrays": arrays})
+    for path, leaf in leaves.items():
+        chunk = _chunk(leaf.shape, stacked="/layers/" in path)
+        kvstore = {"driver": "ocdbt", "base": f"file://{step}/params/"}
+        spec = {
+            "driver": "zarr",
+            "kvstore": {**kvstore, "path": path.replace("/", ".") + "/"},
+            "metadata": {"chunks": chunk, "compressor": {"id": "zstd", "level": 1}},
+        }
+        store = ts.open(spec, create=True, dtype="float32", shape=leaf.shape).result()
+        for start in range(0, leaf.shape[0], chunk[0]):
+            stop = min(start + chunk[0], leaf.shape[0])
+            store[start:stop].write(Noise(leaf.shape, np.float32).read(start, stop)).result()
+
+
+def _chunk(shape: tuple[int, ...], *, stacked: bool) -> list[int]:
+    from cli_jax.train.pieces import PIECE_BYTES
+
+    chunk = list(shape)
+    if stacked and np.prod(chunk) * 4 > PIECE_BYTES:
+        chunk[0] = 1
+    while np.prod(chunk) * 4 > PIECE_BYTES:
+        axis = int(np.argmax(chunk))
+        chunk[axis] = -(-chunk[axis] // 2)
+    return chunk
 
 
 GENERATORS = {"from-hf": generate, "bin-to-safetensors": generate_bin, "to-hf": generate_workdir}
@@ -172,7 +191,7 @@ def main() -> int:
         commands += ["to-hf"] if options.to_hf else []
         try:
             for command in commands:
-                itemsize = 4 if command == "to-hf" and TRAINED[size] == "float32" else 2
+                itemsize = 4 if command == "to-hf" else 2  # float32 masters, bfloat16 releases
                 # In a process of its own: a child's peak is at least its parent's size at the fork.
                 subprocess.run(
                     [sys.executable, __file__, "--generate", command, size, str(source)],
