@@ -48,12 +48,13 @@ def _from_hf(source: str, out: str, **options: Any) -> int:
 
 
 def _to_hf(source: str, out: str, **options: Any) -> int:
+    from cli_jax.experiment import ConfigError
     from cli_jax.hf.to_hf import to_hf
     from cli_jax.train.checkpoint import CheckpointError
 
     try:
         return _show(to_hf(source, out, **options), out)
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, ConfigError) as error:
         raise ConversionError(str(error)) from error
 
 

@@ -97,6 +97,7 @@ def generate_workdir(folder: Path, size: str) -> None:
 
     from cli_jax import batch, experiment
     from cli_jax.fusion import registry
+    from cli_jax.hf.workdir import StoredArray
     from cli_jax.model import vlm
     from cli_jax.train.checkpoint import FOLDER
 
@@ -120,8 +121,7 @@ def generate_workdir(folder: Path, size: str) -> None:
     (step / "metadata").mkdir()
     write_json(folder / "config.json", experiment.to_dict(run))
     write_json(step / "params" / "_METADATA", {"use_zarr3": False})
-    arrays = {f"params/{p}": {"shape": x.shape, "dtype": "float32"} for p, x in leaves.items()}
-    write_json(step / "metadata" / "metadata", {"arrays": arrays})
+    arrays = {}
     for path, leaf in leaves.items():
         chunk = _chunk(leaf.shape, stacked="/layers/" in path)
         kvstore = {"driver": "ocdbt", "base": f"file://{step}/params/"}
@@ -134,6 +134,9 @@ def generate_workdir(folder: Path, size: str) -> None:
         for start in range(0, leaf.shape[0], chunk[0]):
             stop = min(start + chunk[0], leaf.shape[0])
             store[start:stop].write(Noise(leaf.shape, np.float32).read(start, stop)).result()
+        checksum = StoredArray(path, store, {}).checksum()
+        arrays[f"params/{path}"] = {"shape": leaf.shape, "checksum": checksum}
+    write_json(step / "metadata" / "metadata", {"arrays": arrays})
 
 
 def _chunk(shape: tuple[int, ...], *, stacked: bool) -> list[int]:

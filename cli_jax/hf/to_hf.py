@@ -48,6 +48,7 @@ def to_hf(
     strategy's parameters, for whoever has the base model.
     """
     checkpoint = open_workdir(where, step)
+    checkpoint.verify(progress=progress)
     model = checkpoint.experiment.model
     tensors, own_arrays = stored_tensors(
         checkpoint.arrays, model.vision, model.text, has_newline=model.has_newline

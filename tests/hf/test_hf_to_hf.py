@@ -105,6 +105,34 @@ def test_steps(tmp_path):
         open_workdir(tmp_path / "run", 4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_changed_bit_is_noticed(tmp_path, dtype, monkeypatch):
+    """Our checksum is training's, and to-hf compares it."""
+    monkeypatch.setattr("cli_jax.train.pieces.PIECE_BYTES", 2048)
+    monkeypatch.setattr("cli_jax.hf.workdir._PART", 100)
+    model = model_config(SIGLIP, QWEN)
+    workdir = write_workdir(tmp_path / "run", model, random_params(model, dtype=dtype))
+    checkpoint = open_workdir(workdir)
+    assert all(checkpoint.arrays[p].checksum() == n for p, n in checkpoint.checksums.items())
+    metadata = workdir / "checkpoints/3/metadata/metadata"
+    saved = json.loads(metadata.read_text())
+    saved["arrays"]["params/language_model/layers/mlp/up_proj/kernel"]["checksum"] ^= 1
+    metadata.write_text(json.dumps(saved))
+    with pytest.raises(ConversionError, match="is damaged: language_model/layers/mlp/up_proj"):
+        to_hf(workdir, tmp_path / "out", image_token_id=90)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    model = model_config(SIGLIP, QWEN)
+    workdir = write_workdir(tmp_path / "run", model, random_params(model))
+    for file in (workdir / "checkpoints/3/params").rglob("d/*"):
+        file.unlink()
+    with pytest.raises(ConversionError, match="the checkpoint is damaged") as error:
+        to_hf(workdir, tmp_path / "out", image_token_id=90)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_boxes_of_a_stored_array(tmp_path):
     """Layers, panels and rows, in and out of order, cached or not."""
     model = model_config(SIGLIP, QWEN)
