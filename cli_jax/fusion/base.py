@@ -7,10 +7,12 @@ know nothing of strategies: they are given layer indices and an `Injection`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from cli_jax.config import ModelConfig, TextConfig, VisionConfig
 from cli_jax.model.decoder import Injection
@@ -18,7 +20,9 @@ from cli_jax.model.gather import apply_plan
 from cli_jax.model.layers import Dtype
 from cli_jax.model.projector import Projector
 
-LayerSpec = tuple[int, ...] | str  # indices, "all", "every:m" or "last"
+LayerSpec = tuple[int, ...] | str  # indices, "all" or "every:m"
+TapSpec = tuple[int | tuple[int, ...], ...] | str  # an entry with several layers is their mean
+Tap = tuple[int, ...]  # vision layers whose mean is one tap
 
 
 class Fused(NamedTuple):
@@ -54,21 +58,41 @@ class Fusion(nn.Module):
         return ()
 
     @classmethod
+    def gated_taps(cls, config: Any, vision: VisionConfig) -> tuple[Tap, ...]:
+        """The taps that the K axis of the model's gates stands for; empty without gates."""
+        return ()
+
+    @classmethod
     def needs_prompt_context(cls, config: Any) -> bool:
         """Whether image positions see the question: its labels must then be ignored."""
         return False
 
 
-def tap_layers(spec: LayerSpec, vision: VisionConfig) -> tuple[int, ...]:
-    """Vision layers of a spec: `all` = 1..V_last, `every:m` counts back from V_last."""
+def taps(spec: TapSpec, vision: VisionConfig) -> tuple[Tap, ...]:
+    """The taps of a spec: `all` = 1..V_last, `every:m` counts back from V_last."""
     last = vision.last_layer
-    if spec == "last":
-        return (last,)
     if spec == "all":
-        return tuple(range(1, last + 1))
+        return tuple((k,) for k in range(1, last + 1))
     if isinstance(spec, str):
-        return tuple(sorted(range(last, 0, -_period(spec, "vision layers"))))
-    return _checked(spec, range(vision.num_hidden_layers + 1), "vision layer")
+        return tuple((k,) for k in sorted(range(last, 0, -_period(spec, "vision layers"))))
+    known = range(vision.num_hidden_layers + 1)
+    each = [(tap,) if isinstance(tap, int) else tap for tap in spec]
+    return _distinct([_checked(tap, known, "vision layer") for tap in each], "tap")
+
+
+def layers_of(taps: Sequence[Tap]) -> tuple[int, ...]:
+    """Ascending vision layers that some taps are made of."""
+    return tuple(sorted({layer for tap in taps for layer in tap}))
+
+
+def take_taps(
+    hidden_ExBxMNxV: jax.Array, emitted: tuple[int, ...], taps: tuple[Tap, ...]
+) -> jax.Array:
+    """Taps [K, B, M*N, V] out of the hidden states of the `emitted` layers."""
+    if taps == tuple((layer,) for layer in emitted):
+        return hidden_ExBxMNxV  # no copy
+    rows = [[hidden_ExBxMNxV[emitted.index(layer)] for layer in tap] for tap in taps]
+    return jnp.stack([jnp.mean(jnp.stack(row), axis=0) if row[1:] else row[0] for row in rows])
 
 
 def injection_layers(spec: LayerSpec, text: TextConfig) -> tuple[int, ...]:
@@ -90,15 +114,19 @@ def _period(spec: str, what: str) -> int:
     return int(tail)
 
 
-def _checked(spec: tuple[int, ...], known: range, what: str) -> tuple[int, ...]:
-    if not spec:
-        raise ValueError(f"an empty list of {what}s: name at least one")
-    unknown = sorted(set(spec) - set(known))
+def _checked(layers: tuple[int, ...], known: range, what: str) -> tuple[int, ...]:
+    unknown = sorted(set(layers) - set(known))
     if unknown:
         raise ValueError(f"unknown {what} {unknown}: this model has {known.start}..{known[-1]}")
-    if len(set(spec)) != len(spec):
-        raise ValueError(f"{what}s {spec} repeat")
-    return tuple(sorted(spec))
+    return tuple(sorted(_distinct(layers, what)))
+
+
+def _distinct(items: Sequence[Any], what: str) -> tuple[Any, ...]:
+    if not items:
+        raise ValueError(f"an empty list of {what}s: name at least one")
+    if len(set(items)) != len(items):
+        raise ValueError(f"{what}s {tuple(items)} repeat")
+    return tuple(items)
 
 
 def is_patch(batch: dict[str, jax.Array]) -> jax.Array:

@@ -25,9 +25,8 @@ class NoFusion(base.Fusion):
 
     @classmethod
     def vision_layers(cls, config: NoneConfig, vision: VisionConfig) -> tuple[int, ...]:
-        if config.vision_layer == -1:
-            return base.tap_layers("last", vision)
-        return base.tap_layers((config.vision_layer,), vision)
+        layer = vision.last_layer if config.vision_layer == -1 else config.vision_layer
+        return base.layers_of(base.taps((layer,), vision))
 
     def __call__(
         self, taps_KxBxMNxV: jax.Array, batch: dict[str, jax.Array], projector: Projector

@@ -88,8 +88,12 @@ def run(
 
     body(carry, layer) -> (carry, None); `layers` is a tree with a leading axis >= stop.
     visit(carry, visits[i]) -> (carry, out); `visits` has a leading axis len(points).
-    Returns the carry and the visits' outputs stacked on axis 0 (None without points).
+    Returns the carry and the visits' outputs stacked on axis 0 (None without points). The numbers
+    depend neither on `unroll` nor on how the points cut the stack into scans.
     """
+
+    body, visit = _settled(body), visit and _settled(visit)
+    carry = jax.lax.optimization_barrier(carry)
 
     def scan(f: Body, carry: PyTree, xs: PyTree, length: int) -> tuple[PyTree, PyTree]:
         return jax.lax.scan(f, carry, xs, length, unroll=True if unroll else 1)
@@ -129,3 +133,17 @@ def run(
         outs.append(out)
         done += count
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+
+
+def _settled(f: Body) -> Body:
+    """The same step, its carry rounded to its own dtype before anything else reads it.
+
+    XLA may keep a bfloat16 value in float32 across operations that it compiles together, and what
+    it compiles together changes with the scans. The barrier stops that between layers.
+    """
+
+    def step(carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+        carry, out = f(carry, x)
+        return jax.lax.optimization_barrier(carry), out
+
+    return step
