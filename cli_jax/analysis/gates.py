@@ -161,7 +161,7 @@ def save(means: GateMeans, folder: epath.Path, title: str) -> list[epath.Path]:
             folder / name,
             rows=means.decoder_layers,
             columns=means.vision_layers,
-            title=f"{what} ({count:,} pictures)",
+            title=f"{what}\n{count:,} pictures",
             row_title="decoder layer",
             column_title="vision layer",
             value_title="mean gate",
@@ -195,5 +195,5 @@ def analyze_gates(
     )
     if jax.process_index():
         return [], left_out
-    title = f"{experiment.name}: gates on {Path(path).stem}"
+    title = f"{experiment.name} on {Path(path).stem}"
     return save(means, folder, title), left_out

@@ -44,10 +44,10 @@ def heatmap(
     if values.shape != (len(rows), len(columns)):
         raise ValueError(f"{values.shape} values for {len(rows)} rows, {len(columns)} columns")
     low, high = limits or (float(values.min()), float(values.max()))
-    figure = _figure(min(2.2 + 0.45 * len(columns), 7.5), min(1.6 + 0.38 * len(rows), 7.0))
+    figure = _figure(min(2.6 + 0.45 * len(columns), 7.5), min(1.8 + 0.38 * len(rows), 7.0))
     axes = figure.add_subplot()
     image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=9, wrap=True)
     axes.set_xlabel(column_title)
     axes.set_ylabel(row_title)
     axes.set_xticks(*_ticks(columns))

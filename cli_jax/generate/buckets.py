@@ -10,7 +10,8 @@ from cli_jax.config import VisionConfig
 from cli_jax.data import Sample, Sizes, collate
 from cli_jax.data.collate import Extent
 
-UNIT = 32  # tokens and visual slots come in multiples of this
+VISUAL_UNIT = 32
+TEXT_UNIT = 64  # most questions, with the template's own words, fit into one of these
 
 
 class Group(NamedTuple):
@@ -38,8 +39,8 @@ def bucket(extent: Extent) -> Extent:
     Visual slots and text tokens are rounded apart, because prompts that ask about pictures of one
     size differ in their text only.
     """
-    visual = round_up(extent.visual, UNIT)
-    text = round_up(extent.tokens - extent.visual, UNIT)
+    visual = round_up(extent.visual, VISUAL_UNIT)
+    text = round_up(extent.tokens - extent.visual, TEXT_UNIT)
     return Extent(visual + text, visual, round_up(extent.tiles, 1), round_up(extent.images, 1))
 
 

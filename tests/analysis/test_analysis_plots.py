@@ -25,8 +25,8 @@ def draw(values, path, **kwargs):
 def test_a_heatmap_grows_with_its_cells_up_to_a_page(tmp_path, shape):
     pixels = draw(np.random.default_rng(0).random(shape), tmp_path / "map.png")
     height, width = pixels.shape[:2]
-    assert width == pytest.approx(plots.DPI * min(2.2 + 0.45 * shape[1], 7.5), abs=2)
-    assert height == pytest.approx(plots.DPI * min(1.6 + 0.38 * shape[0], 7.0), abs=2)
+    assert width == pytest.approx(plots.DPI * min(2.6 + 0.45 * shape[1], 7.5), abs=2)
+    assert height == pytest.approx(plots.DPI * min(1.8 + 0.38 * shape[0], 7.0), abs=2)
 
 
 def test_row_zero_is_at_the_bottom(tmp_path):

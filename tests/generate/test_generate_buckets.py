@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from cli_jax.config import VisionConfig
 from cli_jax.data import Sample
 from cli_jax.data.collate import Extent
-from cli_jax.generate.buckets import UNIT, batches, bucket, round_up
+from cli_jax.generate.buckets import VISUAL_UNIT, batches, bucket, round_up
 
 VISION = VisionConfig(image_size=4, patch_size=2)
 
@@ -46,7 +46,7 @@ def test_rounding_never_shrinks_and_wastes_at_most_a_quarter(size, unit):
 
 
 def test_few_buckets_hold_every_length():
-    assert len({round_up(n, UNIT) for n in range(32_768)}) <= 8 + 4 * 7
+    assert len({round_up(n, VISUAL_UNIT) for n in range(32_768)}) <= 8 + 4 * 7
 
 
 @given(st.integers(1, 500), st.integers(0, 9000), st.integers(0, 37), st.integers(0, 20))
@@ -87,3 +87,7 @@ def test_a_full_group_does_not_wait_for_the_end():
     first = next(batches(stream(), 2, VISION))
     assert first.numbers == [0, 1]
     assert seen == [0, 1]
+
+
+def test_questions_of_usual_length_about_one_picture_size_share_a_bucket():
+    assert len({bucket(Extent(100 + text, 100, 1, 1)) for text in range(1, 65)}) == 1
