@@ -87,8 +87,8 @@ class TrainingCheckpoint:
         wrong = [path for path in bar if self.arrays[path].checksum() != self.checksums[path]]
         if wrong:
             raise ConversionError(
-                f"checkpoint {self.step} of {self.workdir} is damaged: {', '.join(wrong[:3])} is not"
-                " what was saved; choose another with --step"
+                f"checkpoint {self.step} of {self.workdir} is damaged: {', '.join(wrong[:3])}"
+                " differs from what was saved; choose another with --step"
             )
 
 
