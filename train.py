@@ -28,6 +28,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cli_jax import experiment as experiment_lib
+from cli_jax.parallel.memory import keep_freed_memory
 from cli_jax.train.errors import EXPECTED
 from cli_jax.train.run import run
 
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     if not flags.FLAGS["verbosity"].present:
         _quiet()
+    keep_freed_memory()
     try:
         experiment = experiment_lib.from_dict(_CONFIG.value)
         if _DISTRIBUTED.value:

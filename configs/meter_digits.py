@@ -35,13 +35,13 @@ def get_config() -> ConfigDict:
     config.data.update(
         train=(common.source("train.json"),),
         turns="one",
-        batch_size=16,
-        row_length=512,
-        visual_per_row=200,
-        tiles_per_row=8,
-        images_per_row=8,
+        pack=False,  # all samples are equally short: packing would only widen the attention
+        batch_size=128,
+        row_length=64,
+        visual_per_row=25,
+        tiles_per_row=1,
         augment=0.3,
     )
     config.eval.update(path="val_seen.json", batch_size=64, max_new_tokens=8)
-    config.total_steps = 3000
+    config.total_steps = 1500
     return config

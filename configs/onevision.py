@@ -1,0 +1,59 @@
+"""LLaVA-OneVision's recipes: what its three kinds of runs share, whatever the decoder.
+
+Sizes: a picture has at most 8,829 tokens and 37 tiles, so a row of 16,384 tokens holds every
+picture, and two or three samples of the usual 4,000 to 7,000 tokens. The reference's batch of 256
+samples is therefore about 128 rows; the number of samples per update varies with their lengths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import common, models
+
+
+def single_image(text: dict[str, Any]) -> ConfigDict:
+    """The single-image stage: everything is trained, the vision tower at a fifth of the rate."""
+    config = common.base()
+    common.set_model(config, models.siglip_so400m_384(), text, models.onevision_images())
+    config.data.update(
+        train=(common.source("train.json"),),
+        template="qwen_1_5",
+        labels="reference",
+        batch_size=128,
+        row_length=16_384,
+        visual_per_row=15_360,
+        tiles_per_row=37,
+        images_per_row=16,
+        workers=16,
+    )
+    config.optimizer.update(
+        lr=1e-5,
+        groups=(common.group(common.VISION_TOWER, 2e-6),),
+        warmup_ratio=0.03,
+        clip_norm=1.0,
+        loss_average="samples",  # the reference: one sample per device, then the mean of devices
+    )
+    config.compute.loss_chunk = 2048
+    config.total_steps = 12_500  # 3.2 million samples
+    return config
+
+
+def stage1(text: dict[str, Any]) -> ConfigDict:
+    """Stage 1: captions without a template, one squashed tile, only the projector is trained."""
+    config = single_image(text)
+    config.model.image.update(models.onevision_stage1_images())
+    config.data.update(
+        train=(common.source("blip_laion_cc_sbu_558k.json", image_root="images"),),
+        template="plain",
+        batch_size=64,  # of 8 samples: the reference's 512
+        row_length=6144,
+        visual_per_row=8 * 729,
+        tiles_per_row=8,
+        images_per_row=8,
+    )
+    config.optimizer.groups = common.train_only(common.PROJECTOR, lr=1e-3)
+    config.total_steps = 1090  # 558,128 samples
+    return config

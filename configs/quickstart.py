@@ -1,0 +1,40 @@
+"""The quick start: a CLI model learns to read handwritten digits, on a laptop, from nothing.
+
+    python train.py --config configs/quickstart.py --workdir runs/quick
+
+Makes its data first (cli_jax/demo/digits.py), trains, answers the test questions and leaves
+results.json, predictions.jsonl, examples.png and loss.png in the workdir.
+
+Hardware: 2 CPU cores, 4 GB of memory.
+Time: not measured yet.
+Expected result: not measured yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, models, small
+
+
+def get_config() -> ConfigDict:
+    config = small.base()
+    config.name = "quickstart"
+    common.set_model(
+        config,
+        models.small_tower(image_size=64, patch_size=16, width=96, layers=3),
+        models.small_decoder(width=128, layers=3),
+        {"aspect_ratio": "square"},
+    )
+    config.data.update(
+        prepare="digits",
+        train=(common.source("train.json"),),
+        turns="one",  # answers about one picture hint at each other: see meter_digits.py
+        pack=False,
+        batch_size=128,
+        row_length=48,
+        visual_per_row=16,
+        tiles_per_row=1,
+    )
+    config.eval.update(path="test.json", batch_size=64, max_new_tokens=4)
+    config.total_steps = 600
+    config.checkpoint.every = 600
+    return config

@@ -1,0 +1,22 @@
+"""Small models trained from scratch on a laptop: what the three demo configs share."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from cli_jax.demo import TOKENIZER
+from configs import common
+
+
+def base() -> ConfigDict:
+    """CLI over every layer, float32, loss on the answers only, an evaluation at the end."""
+    config = common.base()
+    config.fusion.name = "cli"
+    config.fusion.cli.update(taps="all", inject="all", rank=8)
+    config.data.update(
+        tokenizer=str(TOKENIZER), template="qwen_1_5", labels="answer_only", images_per_row=1
+    )
+    config.optimizer.update(lr=2e-3, b2=0.98, warmup_ratio=0.05, clip_norm=1.0)
+    config.compute.update(dtype="float32", scan_layers=False, remat="none")
+    config.log.every = 10
+    return config
