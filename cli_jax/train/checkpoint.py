@@ -80,7 +80,7 @@ class Checkpoints:
             "arrays": resume.describe(state, checksums),
         }
         with self._explained("save"):
-            self._manager.save(
+            started = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params, save_args=pieces(state.params)),
@@ -89,6 +89,8 @@ class Checkpoints:
                     metadata=ocp.args.JsonSave(metadata),
                 ),
             )
+        if not started:
+            raise CheckpointError(f"{self.directory} has a checkpoint of step {step} or later")
         return step
 
     def wait(self) -> None:

@@ -117,6 +117,11 @@ def test_the_state_is_copied_before_save_returns(tmp_path):
     assert data.position == 7
 
 
+def test_a_step_is_not_saved_twice(tmp_path):
+    with pytest.raises(CheckpointError, match="has a checkpoint of step 2 or later"):
+        write(tmp_path, [1, 2, 2])
+
+
 def test_the_newest_are_kept_and_multiples_for_good(tmp_path):
     write(tmp_path, range(1, 8), keep=2, keep_every=3)
     kept = sorted(int(name) for name in os.listdir(tmp_path / FOLDER))
@@ -205,7 +210,7 @@ def test_nothing_is_moved_when_no_checkpoint_can_be_read(tmp_path):
 
 def test_a_save_that_was_cut_off_is_never_picked(tmp_path):
     write(tmp_path, [1])
-    unfinished = tmp_path / FOLDER / "2.orbax-checkpoint-tmp"
+    unfinished = tmp_path / FOLDER / "7.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / FOLDER / "1", unfinished)
     assert find_step(tmp_path) == 1
     assert_equal(make_state(1), read(tmp_path)[0])

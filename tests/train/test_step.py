@@ -10,7 +10,7 @@ from cli_jax.train.initial import init_state
 from cli_jax.train.loop import to_device
 from cli_jax.train.setup import make_setup
 from cli_jax.train.state import flatten, leaf_paths, merge, split
-from cli_jax.train.step import gradients, lower_step
+from cli_jax.train.step import gradients, lower_step, make_step
 
 
 def batch_of(setup, seed=0):
@@ -129,6 +129,26 @@ def test_frozen_leaves_keep_their_bytes_and_have_no_optimizer_state(initial):
     step = {path: np.abs(after[path] - before[path]).max() for path in before}
     assert 1e-2 < step["fusion/amp/lora_B"] < 4e-2
     assert 1e-3 < step["multi_modal_projector/linear_1/kernel"] < 4e-3
+
+
+def test_bfloat16_parameters_keep_their_type_through_an_update():
+    setup = make_setup(
+        train_tiny.experiment(
+            compute={"dtype": "bfloat16", "param_dtype": "bfloat16"},
+            optimizer={"accumulate": 2, "weight_decay": 0.1},
+        )
+    )
+    with setup.context():
+        after, metrics = jax.eval_shape(make_step(setup), setup.state, setup.batch)
+        grads, _ = jax.eval_shape(
+            lambda params, batch: gradients(setup, params, {}, batch),
+            setup.state.params,
+            setup.batch,
+        )
+    describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert describe(after) == describe(setup.state)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(after.params)} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves((grads, metrics))} == {"float32"}
 
 
 def count_dots(jaxpr) -> int:
