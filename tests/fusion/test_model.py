@@ -97,6 +97,16 @@ def test_equals_a_loop_over_layers(config, scan_layers):
     np.testing.assert_allclose([W[at] for at in gates], list(gates.values()), rtol=0, atol=1e-5)
 
 
+def test_scanned_equals_unrolled():
+    params = tiny.redrawn(IMAGE)
+    scanned, unrolled = (
+        tiny.forward(IMAGE, scan_layers=scan_layers)(params, tiny.packed())
+        for scan_layers in (True, False)
+    )
+    np.testing.assert_allclose(scanned[0], unrolled[0], rtol=0, atol=2e-6 * scanned[0].std())
+    np.testing.assert_allclose(scanned[1], unrolled[1], rtol=0, atol=1e-6)
+
+
 def test_packed_equals_unpacked():
     """A sample's logits do not depend on its neighbors nor on its place in the row."""
     forward, params = tiny.forward(IMAGE), tiny.redrawn(IMAGE)
