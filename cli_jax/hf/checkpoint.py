@@ -28,6 +28,7 @@ class Checkpoint:
     """tensors: by canonical name, unread. origin: where each comes from, for reports.
 
     absent: canonical names that the model initializes itself. notes: what was left out or added.
+    appended_from: the first vocabulary row that was added, if any was.
     """
 
     source: Source
@@ -40,6 +41,7 @@ class Checkpoint:
     origin: dict[str, str]
     absent: tuple[str, ...]
     notes: tuple[str, ...]
+    appended_from: int | None
 
 
 def read(
@@ -70,6 +72,8 @@ def read(
     table.add(source)
     if vision is not None:
         table.add(open_source(vision), only_tower=True)
+    if model is None:  # LLaVA-OneVision's own first stage has the newline and does not use it
+        has_newline = has_newline or NEWLINE in table.tensors
     wanted = names.expected(target_vision, target_text, has_newline=has_newline)
     table.drop_layers(target_vision.num_hidden_layers)
     if target_text.tie_word_embeddings:
@@ -93,6 +97,7 @@ def read(
         origin=table.origin,
         absent=absent,
         notes=tuple(table.notes),
+        appended_from=table.appended_from,
     )
 
 
@@ -103,6 +108,7 @@ class Table:
         self.tensors: dict[str, Tensor] = {}
         self.origin: dict[str, str] = {}
         self.notes: list[str] = []
+        self.appended_from: int | None = None
 
     def add(self, source: Source, *, only_tower: bool = False) -> None:
         """Adds a source's tensors; what is there already stays (a tower trained further)."""
@@ -149,6 +155,7 @@ class Table:
             tensor = self.tensors.get(name)
             if tensor is not None and tensor.shape[0] < rows:
                 self.tensors[name] = PaddedVocabulary(tensor, rows)
+                self.appended_from = tensor.shape[0]
                 added = rows - tensor.shape[0]
                 self.notes.append(f"{name}: {added} rows appended, each the mean of the others")
 

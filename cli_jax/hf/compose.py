@@ -75,6 +75,7 @@ def compose(
         has_newline=onevision,
         tokens={k: v for k, v in decoder.config.items() if k.endswith("os_token_id")},
         tensors=tensors,
+        appended_from=table.appended_from,
     )
     with output_folder(out) as folder:
         write_model(

@@ -173,7 +173,8 @@ def _llava_hf(config: Json, preprocessor: Json) -> HFConfig:
             grid_pinpoints=tuple((h, w) for h, w in pinpoints),
         )
     else:
-        image = _image(vision, preprocessor, aspect_ratio="pad", multi_image="same")
+        aspect = _single_tile_aspect(preprocessor)
+        image = _image(vision, preprocessor, aspect_ratio=aspect, multi_image="same")
     return HFConfig(
         vision,
         dataclasses.replace(text, tie_word_embeddings=tied),
@@ -255,6 +256,17 @@ def _image(vision: VisionConfig, preprocessor: Json, **fields: Any) -> ImageConf
     mean = preprocessor.get("image_mean") or (CLIP_MEAN if clip else SIGLIP_MEAN)
     std = preprocessor.get("image_std") or (CLIP_STD if clip else SIGLIP_STD)
     return ImageConfig(image_mean=tuple(mean), image_std=tuple(std), **fields)
+
+
+def _single_tile_aspect(preprocessor: Json) -> str:
+    """How LlavaImageProcessor makes its one tile; `pad`, LLaVA-1.5's own, where it does not say.
+
+    The llava-hf repositories of LLaVA-1.5 name CLIP's processor, which crops; that is their
+    deviation from how the model was trained.
+    """
+    if preprocessor.get("do_pad", True):
+        return "pad"
+    return "crop" if preprocessor.get("do_center_crop", True) else "square"
 
 
 def _pinpoints(value: Any) -> tuple[tuple[int, int], ...]:

@@ -21,18 +21,18 @@ def config_json(
     has_newline: bool,
     dtype: str,
     tokens: Mapping[str, Any],
+    appended_from: int | None = None,
 ) -> dict[str, Any]:
-    """The config of `LlavaOnevisionForConditionalGeneration`, or `Llava...` without a newline.
+    """The config of `LlavaOnevisionForConditionalGeneration` for any-resolution pictures, and of
+    `LlavaForConditionalGeneration` for those that are one tile.
 
-    tokens: special token ids to keep (`hf.config.HFConfig.tokens`); `image_token_index` and
-    `video_token_index` default to the llava-hf ones of the decoder's family.
+    tokens: special token ids to keep (`hf.config.HFConfig.tokens`). appended_from: the first
+    vocabulary row that the conversion added.
     """
     clip = vision.model_type == "clip"
-    image_token = tokens.get("image_token_index", tokens.get("image_token_id"))
-    if image_token is None:
-        image_token = IMAGE_TOKEN[text.model_type]
+    image_id = image_token(tokens, text, appended_from)
     config: dict[str, Any] = {
-        "image_token_index": image_token,
+        "image_token_index": image_id,
         "vision_config": _vision_json(vision),
         "text_config": _text_json(text, tokens),
         "tie_word_embeddings": text.tie_word_embeddings,
@@ -42,7 +42,11 @@ def config_json(
         "vision_feature_select_strategy": "default" if clip else "full",
         "torch_dtype": dtype,
     }
-    if has_newline:
+    if is_onevision(image):
+        if not has_newline:
+            raise ConversionError(
+                f"transformers has no LLaVA with {image.aspect_ratio} pictures and no image_newline"
+            )
         video_token = tokens.get("video_token_index", tokens.get("video_token_id"))
         config |= {
             "model_type": "llava_onevision",
@@ -50,13 +54,9 @@ def config_json(
             "vision_aspect_ratio": _aspect_ratio(image, vision),
             "image_grid_pinpoints": [list(p) for p in image.grid_pinpoints]
             or [[vision.image_size, vision.image_size]],
-            "video_token_index": image_token + 1 if video_token is None else video_token,
+            "video_token_index": image_id + 1 if video_token is None else video_token,
         }
     else:
-        if image.aspect_ratio.startswith("anyres"):
-            raise ConversionError(
-                f"transformers has no LLaVA with {image.aspect_ratio} pictures and no image_newline"
-            )
         config |= {
             "model_type": "llava",
             "architectures": ["LlavaForConditionalGeneration"],
@@ -65,18 +65,32 @@ def config_json(
     return config
 
 
+def is_onevision(image: ImageConfig) -> bool:
+    """Whether pictures become tiles; transformers has that in LLaVA-OneVision only."""
+    return image.aspect_ratio.startswith("anyres")
+
+
+def image_token(tokens: Mapping[str, Any], text: TextConfig, appended_from: int | None) -> int:
+    """The `<image>` id: the source's, else llava-hf's, else the first appended row."""
+    known = tokens.get("image_token_index", tokens.get("image_token_id"))
+    if known is not None:
+        return known
+    usual = IMAGE_TOKEN[text.model_type]
+    return usual if usual < text.vocab_size or appended_from is None else appended_from
+
+
 def check_image_token(config: Mapping[str, Any]) -> None:
     """Refuses an `<image>` id without an embedding row: transformers looks it up."""
     token, rows = config["image_token_index"], config["text_config"]["vocab_size"]
     if not 0 <= token < rows:
         raise ConversionError(
             f"the <image> id {token} has no row in a vocabulary of {rows}, and transformers looks"
-            f" it up: give --vocab_size {-(-(token + 2) // 64) * 64} to append rows, or"
-            " --image_token_id with an id that prompts never contain"
+            f" it up: give --vocab_size {-(-(rows + 2) // 64) * 64}, which appends rows and takes"
+            " the first for <image>, or --image_token_id with an id that prompts never contain"
         )
 
 
-def preprocessor_json(vision: VisionConfig, image: ImageConfig, *, has_newline: bool) -> dict:
+def preprocessor_json(vision: VisionConfig, image: ImageConfig) -> dict[str, Any]:
     """The matching preprocessor_config.json: the picture is treated as in training."""
     size = vision.image_size
     config: dict[str, Any] = {
@@ -89,18 +103,19 @@ def preprocessor_json(vision: VisionConfig, image: ImageConfig, *, has_newline: 
         "resample": 3,  # bicubic
         "rescale_factor": 1 / 255,
     }
-    if has_newline:
+    if is_onevision(image):
         return config | {
             "image_processor_type": "LlavaOnevisionImageProcessor",
             "image_grid_pinpoints": [list(p) for p in image.grid_pinpoints] or [[size, size]],
             "size": {"height": size, "width": size},
         }
+    crop = image.aspect_ratio == "crop"
     return config | {
         "image_processor_type": "LlavaImageProcessor",
         "crop_size": {"height": size, "width": size},
-        "do_center_crop": True,
+        "do_center_crop": crop,
         "do_pad": image.aspect_ratio == "pad",
-        "size": {"shortest_edge": size},
+        "size": {"shortest_edge": size} if crop else {"height": size, "width": size},
     }
 
 

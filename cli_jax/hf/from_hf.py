@@ -12,7 +12,7 @@ from typing import Any
 
 from cli_jax.hf.adapter import check_base, read_adapter
 from cli_jax.hf.checkpoint import read
-from cli_jax.hf.config_out import IMAGE_TOKEN
+from cli_jax.hf.config_out import image_token
 from cli_jax.hf.error import ConversionError
 from cli_jax.hf.save import Model, write_model, write_report
 from cli_jax.hf.source import ADAPTER_WEIGHTS, resolve
@@ -46,19 +46,20 @@ def from_hf(
     if image_token_id is not None:
         tokens["image_token_index"] = image_token_id
     model = Model(
-        **{
-            field: getattr(checkpoint, field)
-            for field in ("vision", "text", "image", "has_newline", "tensors")
-        },
-        tokens=tokens,
+        checkpoint.vision,
+        checkpoint.text,
+        checkpoint.image,
+        checkpoint.has_newline,
+        tokens,
+        checkpoint.tensors,
+        checkpoint.appended_from,
     )
     notes = list(checkpoint.notes)
-    rows = checkpoint.text.vocab_size
-    token = tokens.get("image_token_index", IMAGE_TOKEN[checkpoint.text.model_type])
-    if token >= rows:
+    token = image_token(tokens, checkpoint.text, checkpoint.appended_from)
+    if token >= checkpoint.text.vocab_size:
         notes.append(
             f"the <image> id {token} has no vocabulary row; training does not need one, but"
-            f" transformers does (--vocab_size)"
+            " transformers does (--vocab_size)"
         )
     with output_folder(out) as folder:
         write_model(

@@ -64,7 +64,10 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A base model on its way out: tensors by canonical name, unread."""
+    """A base model on its way out: tensors by canonical name, unread.
+
+    appended_from: the first vocabulary row that the conversion adds, if it does.
+    """
 
     vision: VisionConfig
     text: TextConfig
@@ -72,6 +75,7 @@ class Model:
     has_newline: bool
     tokens: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    appended_from: int | None = None
 
 
 def stored_tensors(
@@ -114,14 +118,14 @@ def write_model(
         has_newline=model.has_newline,
         dtype=_widest(model.tensors),
         tokens=model.tokens,
+        appended_from=model.appended_from,
     )
     if needs_image_token:
         check_image_token(config)
     wanted = [n for n in SIDE_FILES if not (own_preprocessor and n in PROCESSOR_FILES)]
     copied = copy_files(side_folders, wanted, folder)
     if PREPROCESSOR not in copied:
-        preprocessor = preprocessor_json(model.vision, model.image, has_newline=model.has_newline)
-        write_json(folder / PREPROCESSOR, preprocessor)
+        write_json(folder / PREPROCESSOR, preprocessor_json(model.vision, model.image))
     stored = {names.hub(name): tensor for name, tensor in model.tensors.items()}
     write_tensors(folder, stored, max_shard_gb=max_shard_gb, progress=progress)
     write_json(folder / "config.json", config)

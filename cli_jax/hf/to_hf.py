@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from cli_jax.config import TextConfig
 from cli_jax.hf import names
 from cli_jax.hf.adapter import write_adapter
 from cli_jax.hf.checkpoint import EMBEDDING, HEAD
 from cli_jax.hf.config import llava_config
+from cli_jax.hf.config_out import is_onevision
 from cli_jax.hf.error import ConversionError
 from cli_jax.hf.save import Array, Model, Stored, cast, stored_tensors, write_model, write_report
 from cli_jax.hf.source import open_source, read_json
@@ -63,7 +63,7 @@ def to_hf(
         with output_folder(out) as folder:
             write_adapter(folder, model.fusion_name, model.fusion, own, fingerprint(tensors))
             return write_report(folder, command, {}, {}, (), [_adapter_note(model, own)])
-    text: TextConfig = model.text
+    text, appended_from = model.text, None
     if dtype != "keep":
         tensors = cast(tensors, DTYPE_NAMES[dtype])
     notes = []
@@ -73,6 +73,7 @@ def to_hf(
                 f"--vocab_size {vocab_size}: the model has {text.vocab_size} rows"
             )
         notes.append(f"{vocab_size - text.vocab_size} vocabulary rows appended (mean row)")
+        appended_from = text.vocab_size if vocab_size > text.vocab_size else None
         text = dataclasses.replace(text, vocab_size=vocab_size)
         for name in {EMBEDDING, HEAD} & set(tensors):
             tensors[name] = PaddedVocabulary(tensors[name], vocab_size)
@@ -83,7 +84,9 @@ def to_hf(
     with output_folder(out) as folder:
         copied = write_model(
             folder,
-            Model(model.vision, text, model.image, model.has_newline, tokens, tensors),
+            Model(
+                model.vision, text, model.image, model.has_newline, tokens, tensors, appended_from
+            ),
             side_folders=sides,
             own_preprocessor=True,
             needs_image_token=True,
@@ -93,9 +96,10 @@ def to_hf(
         if not any(name.startswith("tokenizer") for name in copied):
             wanted = checkpoint.experiment.data.tokenizer or "none named in the config"
             notes.append(f"no tokenizer files copied ({wanted}): give a folder with --tokenizer")
-        if not model.image.aspect_ratio.startswith("anyres") and model.has_newline:
+        if model.has_newline and not is_onevision(model.image):
             notes.append(
-                f"transformers treats pictures as anyres, the model as {model.image.aspect_ratio}"
+                "image_newline is in the file, but transformers' LLaVA with one tile per picture"
+                " has none and leaves it out"
             )
         lossy = [t.name for t in tensors.values() if isinstance(t, Cast) and t.lossy]
         if lossy:

@@ -22,6 +22,7 @@ from cli_jax.data.sample import Sample, SampleSpec, make_prompt_sample
 from cli_jax.experiment import ComputeConfig
 from cli_jax.fusion import registry
 from cli_jax.hf.checkpoint import Checkpoint, read
+from cli_jax.hf.config_out import is_onevision
 from cli_jax.hf.error import ConversionError
 from cli_jax.hf.load import load_params
 from cli_jax.hf.source import open_source, resolve
@@ -157,7 +158,8 @@ def _reference_logits(
         raise ConversionError("verify needs torch: pip install 'cli-jax[test]'") from error
     import transformers
 
-    kind = "LlavaOnevision" if checkpoint.has_newline else "Llava"
+    onevision = is_onevision(checkpoint.image)
+    kind = "LlavaOnevision" if onevision else "Llava"
     model = getattr(transformers, f"{kind}ForConditionalGeneration").from_pretrained(
         folder, dtype=torch.float32, local_files_only=True
     )
@@ -166,7 +168,7 @@ def _reference_logits(
     ids[sample.visual_position] = model.config.image_token_id
     pixels = normalize(sample.tiles, checkpoint.image).transpose(0, 3, 1, 2)
     inputs = {"input_ids": torch.from_numpy(ids)[None]}
-    if checkpoint.has_newline:
+    if onevision:
         inputs["pixel_values"] = torch.from_numpy(pixels)[None]
         inputs["image_sizes"] = torch.tensor([[size[1], size[0]]])
     else:

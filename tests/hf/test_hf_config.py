@@ -1,5 +1,7 @@
 """config.json in all its forms -> our configs, and back."""
 
+import dataclasses
+
 import pytest
 from hf_models import CLIP, LLAMA, PINPOINTS, QWEN, SIGLIP, hub_config, original_config
 
@@ -13,7 +15,7 @@ from cli_jax.hf.config import (
     text_config,
     vision_config,
 )
-from cli_jax.hf.config_out import check_image_token, config_json, preprocessor_json
+from cli_jax.hf.config_out import check_image_token, config_json, image_token, preprocessor_json
 from cli_jax.hf.error import ConversionError
 
 # As in the published files, shortened to what a reader may rely on.
@@ -150,7 +152,7 @@ def test_written_config_reads_back(vision, text):
     written = config_json(
         vision, text, image, has_newline=siglip, dtype="float32", tokens={"eos_token_id": 7}
     )
-    preprocessor = preprocessor_json(vision, image, has_newline=siglip)
+    preprocessor = preprocessor_json(vision, image)
     config = llava_config(written, preprocessor)
     assert (config.vision, config.text, config.image) == (vision, text, image)
     assert config.has_newline == siglip
@@ -173,12 +175,33 @@ def test_image_token_needs_a_row():
     image = ImageConfig("anyres_max_4", grid_pinpoints=PINPOINTS)
     written = config_json(SIGLIP, QWEN, image, has_newline=True, dtype="float32", tokens={})
     assert written["image_token_index"] == 151_646
-    with pytest.raises(ConversionError, match="--vocab_size 151680"):
+    with pytest.raises(ConversionError, match="--vocab_size 128"):
         check_image_token(written)
     good = {"image_token_index": 95}
     check_image_token(
         config_json(SIGLIP, QWEN, image, has_newline=True, dtype="float32", tokens=good)
     )
+
+
+def test_image_token_is_the_first_row_that_a_small_vocabulary_gets():
+    assert image_token({}, QWEN, None) == 151_646
+    assert image_token({}, QWEN, 80) == 80
+    assert image_token({"image_token_index": 7}, QWEN, 80) == 7
+    assert image_token({}, dataclasses.replace(LLAMA, vocab_size=32_064), 32_000) == 32_000
+    assert image_token({}, dataclasses.replace(QWEN, vocab_size=152_000), 151_936) == 151_646
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop", "square"])
+def test_one_tile_per_picture_is_read_back_as_it_was_written(aspect):
+    image = ImageConfig(aspect, "same")
+    written = config_json(CLIP, LLAMA, image, has_newline=False, dtype="float32", tokens={})
+    assert written["model_type"] == "llava"
+    assert llava_config(written, preprocessor_json(CLIP, image)).image == image
+
+
+def test_clip_s_processor_beside_llava15_does_not_change_how_it_was_trained():
+    clip = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True}
+    assert llava_config(LLAVA_15, clip).image.aspect_ratio == "pad"
 
 
 def test_differences_name_what_changes_the_numbers():

@@ -1,12 +1,16 @@
 """The library itself: its names and shapes, its loading of what we write, and its logits."""
 
+import dataclasses
+import importlib
 import json
 
+import numpy as np
 import pytest
 from hf_models import (
     CLIP,
     LAYOUTS,
     LLAMA,
+    PINPOINTS,
     QWEN,
     QWEN_UNTIED,
     SIGLIP,
@@ -19,14 +23,18 @@ from hf_models import (
     write,
 )
 from hf_workdir import random_params, write_workdir
+from PIL import Image
 
 import convert
+from cli_jax.config import ImageConfig
 from cli_jax.experiment import DataConfig
 from cli_jax.hf import names
 from cli_jax.hf.checkpoint import read
+from cli_jax.hf.config_out import preprocessor_json
 from cli_jax.hf.from_hf import from_hf
 from cli_jax.hf.load import load_params
 from cli_jax.hf.to_hf import to_hf
+from cli_jax.image.preprocess import make_tiles, normalize
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers on torch")
 transformers = pytest.importorskip("transformers")
@@ -121,6 +129,26 @@ def test_what_was_trained_loads_in_the_library(tmp_path, vision, text, fusion):
     assert hasattr(transformers, processor["image_processor_type"])
 
 
+@pytest.mark.parametrize("size", [(40, 31), (28, 28), (90, 33), (17, 80)])
+@pytest.mark.parametrize("aspect", ["anyres_max_4", "pad", "crop", "square"])
+def test_written_preprocessor_makes_our_pixels(aspect, size):
+    """preprocessor_config.json, given to the library's PIL processors, is our preprocessing."""
+    pinpoints = PINPOINTS if aspect.startswith("anyres") else ()
+    image_config = ImageConfig(aspect, "same", pinpoints, image_mean=(0.3, 0.4, 0.5))
+    written = preprocessor_json(SIGLIP, image_config)
+    kind = written.pop("image_processor_type")
+    module = "llava_onevision" if "Onevision" in kind else "llava"
+    library = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
+    processor = getattr(library, f"{kind}Pil")(**written)
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    wanted = processor(images=picture, return_tensors="np")["pixel_values"]
+    tiles = normalize(make_tiles(picture, image_config, SIGLIP, single=True), image_config)
+    wanted = np.reshape(wanted, (-1, *wanted.shape[-3:]))
+    assert wanted.shape[0] == len(tiles)
+    np.testing.assert_array_equal(tiles.transpose(0, 3, 1, 2), wanted)
+
+
 def tiny_tokenizer(folder):
     """Bytes as tokens, plus the template's special tokens, within 96 ids."""
     characters = {chr(c): i for i, c in enumerate([10, *range(32, 110)])}
@@ -133,19 +161,22 @@ def tiny_tokenizer(folder):
     made.save(str(folder / "tokenizer.json"))
 
 
+def normalized(tmp_path, vision, text):
+    """The library's model with well-behaved weights and a tokenizer, through from-hf."""
+    model = library_model(vision, text)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "embed" not in name:
+            parameter.data = parameter.data / 0.3 * parameter[0].numel() ** -0.5
+    model.save_pretrained(tmp_path / "in")
+    tiny_tokenizer(tmp_path / "in")
+    from_hf(tmp_path / "in", tmp_path / "out")
+    return tmp_path / "out"
+
+
 class TestVerify:
     @pytest.fixture(params=CASES, ids=["tied", "untied", "llava"])
     def folder(self, request, tmp_path):
-        vision, text = request.param
-        model = library_model(vision, text)
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name:
-                fan_in = parameter[0].numel()
-                parameter.data = parameter.data / 0.3 * fan_in**-0.5
-        model.save_pretrained(tmp_path / "in")
-        tiny_tokenizer(tmp_path / "in")
-        from_hf(tmp_path / "in", tmp_path / "out")
-        return tmp_path / "out"
+        return normalized(tmp_path, *request.param)
 
     def test_equal(self, folder, capsys):
         assert convert.main(["verify", str(folder)]) == 0
@@ -182,6 +213,23 @@ class TestVerify:
         monkeypatch.setattr(names, "leaves", swapped)
         assert convert.main(["verify", str(folder)]) == 1
         assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_one_tile_models_go_out_as_llava(tmp_path):
+    """OneVision's first stage: a SigLIP, one squashed tile, a newline nobody uses."""
+    folder = normalized(tmp_path, SIGLIP, QWEN)
+    model = model_config(SIGLIP, read(folder).text)
+    params = load_params(folder, model, abstract_params(model)).params
+    model = dataclasses.replace(model, image=ImageConfig("square", "same"))
+    workdir = write_workdir(tmp_path / "run", model, params, data=DataConfig(tokenizer=str(folder)))
+    report = to_hf(workdir, tmp_path / "trained", vocab_size=128)
+    assert any("image_newline is in the file" in note for note in report["notes"])
+    config = json.loads((tmp_path / "trained/config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["image_token_index"] == 96  # the first appended row
+    assert convert.main(["verify", str(tmp_path / "trained"), "--bound", "1e-5"]) == 0
+    from_hf(tmp_path / "trained", tmp_path / "again")
+    assert "image_newline" in read_all(tmp_path / "again")
 
 
 def test_verify_needs_a_normalized_folder(tmp_path, capsys):
