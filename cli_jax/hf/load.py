@@ -44,6 +44,7 @@ def load_params(
     *,
     shardings: Mapping[str, Any] | None = None,
     pad_vocab: bool = False,
+    base_only: bool = False,
     progress: bool = False,
 ) -> Loaded:
     """Reads a folder or hub id in any known layout into arrays of `abstract_params`' dtypes.
@@ -51,6 +52,7 @@ def load_params(
     abstract_params: nested `jax.ShapeDtypeStruct` (unboxed) of the whole model; its shardings are
     used unless `shardings` gives others, and the first device where there are none.
     pad_vocab: lets the model have more vocabulary rows than the checkpoint (the mean row is added).
+    base_only: leaves an adapter in the folder aside.
     Missing are allowed to be: the parameters of a fusion strategy, unless the folder carries an
     adapter; `image_newline`; and what the conversion that wrote the folder left open.
     Raises ConversionError listing every other difference with expected and found shapes.
@@ -66,7 +68,9 @@ def load_params(
         if not set(leaf.names) & set(checkpoint.absent):
             readers[path] = _leaf_reader(leaf, checkpoint.tensors, abstract[path])
     own = {path: leaf for path, leaf in abstract.items() if path not in base}
-    found = adapter.open_adapter(checkpoint.source.folder, model, checkpoint.tensors)
+    found = None
+    if not base_only:
+        found = adapter.open_adapter(checkpoint.source.folder, model, checkpoint.tensors)
     for path, tensor in adapter.match(found, own).items() if found else ():
         readers[path] = _plain_reader(tensor, abstract[path])
     params = {

@@ -126,7 +126,9 @@ def _our_logits(
     with jax.default_device(jax.devices("cpu")[0]):
         abstract = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), batch)["params"])
         shardings = jax.tree.map(lambda _: cpu, abstract)
-        loaded = load_params(folder, config, abstract, shardings=shardings, progress=True)
+        loaded = load_params(
+            folder, config, abstract, shardings=shardings, base_only=True, progress=True
+        )
         if loaded.missing:
             raise ConversionError(f"{folder} lacks {', '.join(loaded.missing)}: nothing to compare")
 

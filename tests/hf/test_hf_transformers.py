@@ -187,13 +187,15 @@ class TestVerify:
         assert result["next_token"][0] == result["next_token"][1]
 
     def test_equal_after_training(self, folder, tmp_path):
-        """from-hf -> training state -> to-hf."""
+        """from-hf -> training state -> to-hf; the adapter beside the base does not matter."""
         checkpoint = read(folder)
-        model = model_config(checkpoint.vision, checkpoint.text)
+        model = model_config(checkpoint.vision, checkpoint.text, "cli")
         params = load_params(folder, model, abstract_params(model)).params
+        params["fusion"] = random_params(model)["fusion"]
         data = DataConfig(tokenizer=str(folder))
         workdir = write_workdir(tmp_path / "run", model, params, data=data, init_from=str(folder))
         to_hf(workdir, tmp_path / "trained")
+        assert (tmp_path / "trained/cli_adapter.json").is_file()
         assert convert.main(["verify", str(tmp_path / "trained"), "--bound", "1e-5"]) == 0
 
     def test_a_swapped_pair_of_kernels_is_seen(self, folder, monkeypatch, capsys):
