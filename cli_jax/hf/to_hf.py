@@ -137,8 +137,8 @@ def _side_folders(checkpoint: TrainingCheckpoint, tokenizer: str | Path | None) 
 
 def _tokens(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
     """Special token ids of the Hugging Face checkpoint the run started from, if it is here."""
-    config = Path(checkpoint.experiment.init_from or "/nowhere") / "config.json"
-    if not config.is_file():
+    folder = checkpoint.experiment.init_from
+    if not folder or not (Path(folder) / "config.json").is_file():
         return {}
-    values = read_json(config)
+    values = read_json(Path(folder) / "config.json")
     return llava_config(values).tokens if "text_config" in values else {}
