@@ -15,7 +15,7 @@ The evaluation at the end is on later pictures of the training meters; for meter
 
 Hardware: 2 CPU cores, 4 GB of memory.
 Time: 20 minutes for 1,063 of the 1,500 steps on a machine that was busy with other work.
-Expected result, at step 1,063 with seed 0 (2026-11-21): single digits 79.9% on val_seen, 59.3% on
+Expected result: at step 1,063 with seed 0 (2026-11-21), single digits 79.9% on val_seen, 59.3% on
 meters never seen; digits of whole readings in place 86.5% and 61.9%, whole readings 67.3% and
 17.7%. With blanked pictures 9.6% of single digits on val_seen; always the commonest: 11%.
 """

@@ -128,8 +128,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises ConfigError if the tokenizer can return ids that the model has no embedding for."""
     if tokenizer.max_id >= vocab_size:
         raise ConfigError(
-            f"the tokenizer has ids up to {tokenizer.max_id}, but model.text.vocab_size is "
-            f"{vocab_size}; use the model's own tokenizer or raise model.text.vocab_size"
+            f"the tokenizer has ids up to {tokenizer.max_id}, but config.model.text.vocab_size is "
+            f"{vocab_size}; use the model's own tokenizer (config.data.tokenizer) or raise it"
         )
 
 

@@ -13,7 +13,7 @@ from cli_jax.data import pipeline
 from cli_jax.evaluate.run import evaluate
 from cli_jax.experiment import ConfigError, Experiment, locate
 from cli_jax.fusion import registry
-from cli_jax.text import load_tokenizer
+from cli_jax.text import check_vocabulary, load_tokenizer
 from cli_jax.train import metrics
 from cli_jax.train.loop import rows_per_process, say, train
 from cli_jax.train.setup import Setup
@@ -55,11 +55,7 @@ def run(experiment: Experiment, workdir: str) -> bool:
 def _open_data(experiment: Experiment) -> pipeline.Loader:
     model = experiment.model
     tokenizer = load_tokenizer(experiment.data.tokenizer)
-    if tokenizer.max_id >= model.text.vocab_size:
-        raise ConfigError(
-            f"config.model.text.vocab_size={model.text.vocab_size} is too small: the tokenizer "
-            f"{experiment.data.tokenizer} has ids up to {tokenizer.max_id}"
-        )
+    check_vocabulary(tokenizer, model.text.vocab_size)
     return pipeline.make_loader(
         experiment.data,
         model.image,
