@@ -41,7 +41,7 @@ class DataConfig:
     prepare: str = ""  # a data set of cli_jax/demo that is made in `root` if it is not there
     train: tuple[SourceConfig, ...] = ()
     tokenizer: str = ""  # a folder or a hub id
-    template: Literal["qwen_1_5", "v1", "plain"] = "qwen_1_5"
+    template: Literal["qwen_1_5", "v1", "plain", "question_first"] = "qwen_1_5"
     labels: Literal["reference", "answer_only"] = "reference"
     batch_size: int = 8  # rows per update, over all devices and accumulation steps
     row_length: int = 1024  # L
@@ -50,7 +50,8 @@ class DataConfig:
     images_per_row: int = 4  # I
     pack: bool = True  # several samples per row
     turns: Literal["all", "one"] = "all"  # "one": a draw of a row trains on one random question
-    augment: float = 0.0  # strength of random shifts and color jitter, in [0, 1]; 0 = off
+    augment: float = 0.0  # strength of random shifts and zoom, in [0, 1]; 0 = off
+    jitter: float = 0.0  # strength of random changes of brightness, contrast and color
     workers: int = 0  # Grain processes; 0 = in the training process
     max_bad_share: float = 0.01  # share of unreadable rows above which training stops
     strict: bool = False  # the first unreadable row is an error

@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
         visual_per_row=25,
         tiles_per_row=1,
         augment=0.3,
+        jitter=0.3,
     )
     config.eval.update(path="val_seen.json", batch_size=64, max_new_tokens=8)
     config.total_steps = 1500

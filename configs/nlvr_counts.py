@@ -6,6 +6,10 @@ r"""Counting in boxes of scattered shapes: a CLI model on real pictures, trained
 DATA holds train.json, val.json and their pictures: 300 x 100 pixels, three boxes side by side, with
 questions such as "How many small objects are in the left box?" (made from NLVR, Suhr et al. 2017).
 
+What makes it learnable from 3,222 pictures: a tile per box, so that the tower sees three boxes a
+picture and knows no left or right; few visual tokens (2 x 2 a box after down-interpolation, and 16
+of the base view); and the picture behind its question, always equally far from the answer.
+
 Hardware: 2 CPU cores.
 Time: not measured yet.
 Expected result: not measured yet. Always the commonest answer: 27%.
@@ -22,21 +26,26 @@ def get_config() -> ConfigDict:
     background = 0.827  # gray: as zero, it leaves the shapes to stand out
     common.set_model(
         config,
-        models.small_tower(image_size=144, patch_size=48, width=192, layers=3),
+        models.small_tower(image_size=96, patch_size=24, width=128, layers=3),
         models.small_decoder(width=128, layers=3),
-        {"aspect_ratio": "square", "image_mean": (background,) * 3, "image_std": (0.2,) * 3},
+        {
+            "aspect_ratio": "anyres_max_1",
+            "grid_pinpoints": ((96, 288),),
+            "image_mean": (background,) * 3,
+            "image_std": (0.2,) * 3,
+        },
     )
     config.data.update(
         train=(common.source("train.json"),),
+        template="question_first",
         turns="one",
         pack=False,  # all samples are equally short: packing would only widen the attention
         batch_size=64,
-        row_length=62,
-        visual_per_row=9,
-        tiles_per_row=1,
-        augment=0.2,
+        row_length=70,
+        visual_per_row=30,
+        tiles_per_row=4,
     )
     config.eval.update(path="val.json", batch_size=64, max_new_tokens=4)
     config.optimizer.warmup_ratio = 0.02
-    config.total_steps = 9000
+    config.total_steps = 5000
     return config

@@ -20,9 +20,10 @@ def get_config() -> ConfigDict:
     config.name = "quickstart"
     common.set_model(
         config,
-        models.small_tower(image_size=64, patch_size=16, width=96, layers=3),
+        models.small_tower(image_size=64, patch_size=32, width=96, layers=3),
         models.small_decoder(width=128, layers=3),
-        {"aspect_ratio": "square"},
+        # Black is zero: what is not ink is nothing.
+        {"aspect_ratio": "square", "image_mean": (0.0,) * 3, "image_std": (0.3,) * 3},
     )
     config.data.update(
         prepare="digits",
@@ -30,11 +31,12 @@ def get_config() -> ConfigDict:
         turns="one",  # answers about one picture hint at each other: see meter_digits.py
         pack=False,
         batch_size=128,
-        row_length=48,
-        visual_per_row=16,
+        row_length=36,
+        visual_per_row=4,
         tiles_per_row=1,
+        augment=0.2,
     )
     config.eval.update(path="test.json", batch_size=64, max_new_tokens=4)
-    config.total_steps = 600
-    config.checkpoint.every = 600
+    config.total_steps = 900
+    config.checkpoint.every = 900
     return config

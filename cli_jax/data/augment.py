@@ -13,15 +13,18 @@ MAX_ZOOM = 0.15
 MAX_JITTER = 0.4  # of brightness, contrast and color
 
 
-def augment(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
+def augment(
+    image: Image.Image, rng: np.random.Generator, strength: float, color: float
+) -> Image.Image:
     """A changed copy of an RGB picture, of the same size so that its layout stays the same.
 
-    `strength` in [0, 1] scales all ranges. What the shift uncovers gets the picture's mean color.
-    Draws a fixed number of values from `rng`, so the result depends on its state alone.
+    `strength` in [0, 1] scales shift and zoom, `color` the jitter of brightness, contrast and
+    saturation. What the shift uncovers gets the picture's mean color. Draws a fixed number of
+    values from `rng`, so the result depends on its state alone.
     """
     zoom = 1 + strength * MAX_ZOOM * rng.uniform(-1, 1)
     shift = strength * MAX_SHIFT * rng.uniform(-1, 1, 2)
-    factors = 1 + strength * MAX_JITTER * rng.uniform(-1, 1, 3)
+    factors = 1 + color * MAX_JITTER * rng.uniform(-1, 1, 3)
     width, height = image.size
     # The affine map takes an output pixel to the input: scaled about the center, then shifted.
     scale = 1 / zoom
@@ -36,6 +39,7 @@ def augment(image: Image.Image, rng: np.random.Generator, strength: float) -> Im
         fillcolor=tuple(int(c) for c in mean),
     )
     jitters = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for jitter, factor in zip(jitters, factors, strict=True):
-        image = jitter(image).enhance(float(factor))
+    if color:
+        for jitter, factor in zip(jitters, factors, strict=True):
+            image = jitter(image).enhance(float(factor))
     return image

@@ -170,6 +170,7 @@ def make_loader(
         "data.template": data.template,
         "data.labels": data.labels,
         "data.augment": data.augment,
+        "data.jitter": data.jitter,
         "data.turns": data.turns,
         "data.train": [
             {"rows": list(rows), "weight": source.weight}

@@ -81,7 +81,12 @@ class SampleSpec:
     vision: VisionConfig
     room: Extent
     augment: float = 0.0
+    jitter: float = 0.0
     one_question: bool = False
+
+    @property
+    def augmented(self) -> bool:
+        return self.augment > 0 or self.jitter > 0
 
     @classmethod
     def from_config(
@@ -95,6 +100,7 @@ class SampleSpec:
             vision=vision,
             room=Sizes.from_config(data, vision, rows=1).row,
             augment=data.augment,
+            jitter=data.jitter,
             one_question=data.turns == "one",
         )
 
@@ -108,7 +114,7 @@ def make_sample(
     RowError, ConversationError or ImageError for a bad row, TooLong for one that no row can hold.
     """
     paths, conversations = _image_paths(row), row.get("conversations")
-    if rng is None and (spec.augment or spec.one_question):
+    if rng is None and (spec.augmented or spec.one_question):
         raise ValueError("augmentation or turns='one' is on: give a random generator")
     if rng is not None and spec.one_question:
         conversations = one_exchange(conversations, len(paths), lambda n: int(rng.integers(n)))
@@ -120,7 +126,7 @@ def make_sample(
         num_images=len(paths),
     )
     images = _open(paths, root, spec)
-    return _assemble(row, encoded, images, spec, rng if spec.augment else None)
+    return _assemble(row, encoded, images, spec, rng if spec.augmented else None)
 
 
 def make_prompt_sample(row: Mapping[str, Any], root: str, spec: SampleSpec) -> Sample:
@@ -192,7 +198,7 @@ def _assemble(
     context_end = answers[np.searchsorted(answers, starts[slots], side="right")]
 
     if rng is not None:
-        images = [augment(image, rng, spec.augment) for image in images]
+        images = [augment(image, rng, spec.augment, spec.jitter) for image in images]
     size = spec.vision.image_size
     return Sample(
         id=str(row.get("id", "")),

@@ -77,6 +77,11 @@ def slots_first(text: str) -> str:
     return f"{SLOT}\n{text.replace(SLOT, '').strip()}".strip()
 
 
+def slots_last(text: str) -> str:
+    """`text` with all its slots behind it, each on a line of its own."""
+    return text.replace(SLOT, "").strip() + f"\n{SLOT}" * text.count(SLOT)
+
+
 def _turn(turn: Any) -> Turn:
     if not isinstance(turn, Mapping):
         raise ConversationError(f"a turn is not a mapping: {turn!r:.80}")

@@ -1,9 +1,12 @@
-"""Conversations to ids and labels, in the three chat templates of LLaVA-OneVision and LLaVA-1.5.
+"""Conversations to ids and labels, in the chat templates of LLaVA-OneVision and LLaVA-1.5.
 
 Ids and `reference` labels equal the references token by token (tests/text holds golden sequences).
 Texts are tokenized in the references' units, a turn for `qwen_1_5` and the whole conversation for
 `v1`, each cut at the pictures; where an answer begins inside a unit is read from the tokenizer's
 character offsets, so the units are never cut further and ids cannot depend on the label mode.
+
+`question_first` is ours, for models trained from nothing: `qwen_1_5` without its system turn, and
+with the pictures behind the text of their turn, so that every visual token sees the question.
 """
 
 from __future__ import annotations
@@ -15,12 +18,19 @@ from typing import Any, Literal
 import numpy as np
 
 from cli_jax.batch import IGNORE
-from cli_jax.text.conversation import SLOT, ConversationError, Turn, parse, slots_first
+from cli_jax.text.conversation import (
+    SLOT,
+    ConversationError,
+    Turn,
+    parse,
+    slots_first,
+    slots_last,
+)
 from cli_jax.text.tokenizer import Tokenizer
 
 IMAGE = -200  # the id of a picture before it is expanded into its visual tokens
 
-Template = Literal["qwen_1_5", "v1", "plain"]
+Template = Literal["qwen_1_5", "v1", "plain", "question_first"]
 Labels = Literal["reference", "answer_only"]
 
 QWEN_SYSTEM = "You are a helpful assistant."
@@ -99,7 +109,7 @@ def encode_conversation(
         raise ConversationError("the conversation has no answer")
     draft = _draft(turns, tokenizer, template, num_images)
     everywhere: set[int] = set()
-    if template == "qwen_1_5":
+    if template in ("qwen_1_5", "question_first"):
         specials = (tokenizer.id_of("<|im_start|>"), tokenizer.id_of(_QWEN_END))
         everywhere = {*specials, *tokenizer.encode("\n")}
     return draft.finish(labels, everywhere)
@@ -130,7 +140,7 @@ def encode_prompt(
 
 def stop_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
     """The ids that end an answer: the template's end token and the tokenizer's."""
-    end = {"qwen_1_5": _QWEN_END, "v1": _V1_END}.get(template)
+    end = {"qwen_1_5": _QWEN_END, "question_first": _QWEN_END, "v1": _V1_END}.get(template)
     last = tokenizer.encode("\n")[-1] if end is None else tokenizer.id_of(end)
     return sorted({last, tokenizer.eos_id})
 
@@ -142,7 +152,8 @@ def _draft(
     num_images: int,
     generate: bool = False,
 ) -> _Draft:
-    writer = {"qwen_1_5": _qwen, "v1": _v1, "plain": _plain}[template]
+    writers = {"qwen_1_5": _qwen, "question_first": _question_first, "v1": _v1, "plain": _plain}
+    writer = writers[template]
     draft = writer(turns, tokenizer, num_images, generate)
     slots = draft.ids.count(IMAGE)
     if slots != num_images:
@@ -151,15 +162,33 @@ def _draft(
 
 
 def _qwen(turns: Sequence[Turn], tokenizer: Tokenizer, num_images: int, generate: bool) -> _Draft:
+    def placed(text: str) -> str:
+        # LLaVA-NeXT moves a picture to the front of its turn only if the turn has exactly one.
+        alone = num_images > 0 and text.count(SLOT) == 1 and not text.startswith(SLOT)
+        return slots_first(text) if alone else text
+
+    turns = [Turn("system", QWEN_SYSTEM), *(Turn(turn.role, placed(turn.text)) for turn in turns)]
+    return _marked(turns, tokenizer, num_images, generate)
+
+
+def _question_first(
+    turns: Sequence[Turn], tokenizer: Tokenizer, num_images: int, generate: bool
+) -> _Draft:
+    def placed(text: str) -> str:
+        return slots_last(text) if num_images > 0 and SLOT in text else text
+
+    turns = [Turn(turn.role, placed(turn.text)) for turn in turns]
+    return _marked(turns, tokenizer, num_images, generate)
+
+
+def _marked(turns: Sequence[Turn], tokenizer: Tokenizer, num_images: int, generate: bool) -> _Draft:
+    """Turns between <|im_start|> with the role and <|im_end|>, as Qwen's models know them."""
     tokenizer.id_of("<|im_start|>")  # a tokenizer without it would spell the markers out
     draft = _Draft([], [], [])
     newline = len(tokenizer.encode("\n"))
-    for turn in [Turn("system", QWEN_SYSTEM), *turns]:
-        # LLaVA-NeXT moves a picture to the front of its turn only if the turn has exactly one.
-        alone = num_images > 0 and turn.text.count(SLOT) == 1 and not turn.text.startswith(SLOT)
-        content = slots_first(turn.text) if alone else turn.text
+    for turn in turns:
         header = f"<|im_start|>{_QWEN_ROLES[turn.role]}\n"
-        ids, ends = _tokenize(f"{header}{content}{_QWEN_END}\n", tokenizer, num_images)
+        ids, ends = _tokenize(f"{header}{turn.text}{_QWEN_END}\n", tokenizer, num_images)
         before = len(draft.ids)
         draft.ids += ids
         if turn.role == "gpt":

@@ -15,12 +15,12 @@ def image():
 
 
 def test_strength_zero_changes_nothing(image):
-    got = augment(image, np.random.default_rng(0), 0.0)
+    got = augment(image, np.random.default_rng(0), 0.0, 0.0)
     np.testing.assert_array_equal(np.asarray(got), np.asarray(image))
 
 
 def test_the_size_stays_and_the_generator_decides(image):
-    a, b, c = (augment(image, np.random.default_rng(seed), 1.0) for seed in (1, 1, 2))
+    a, b, c = (augment(image, np.random.default_rng(seed), 1.0, 1.0) for seed in (1, 1, 2))
     assert a.size == image.size
     assert a.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -33,7 +33,7 @@ def test_the_shape_moves_by_little_and_is_never_mirrored(image):
     start = Image.fromarray(left_half.astype(np.uint8))
     shifts, areas = [], []
     for seed in range(40):
-        pixels = np.asarray(augment(start, np.random.default_rng(seed), 1.0)).astype(float)
+        pixels = np.asarray(augment(start, np.random.default_rng(seed), 1.0, 1.0)).astype(float)
         orange = pixels[..., 0] - pixels[..., 2]  # the rest is gray
         block = orange > orange.max() / 2
         y, x = np.nonzero(block)
@@ -48,10 +48,23 @@ def test_the_shape_moves_by_little_and_is_never_mirrored(image):
 
 def test_strength_scales_the_change(image):
     def change(strength):
-        changed = [augment(image, np.random.default_rng(s), strength) for s in range(10)]
+        changed = [augment(image, np.random.default_rng(s), strength, strength) for s in range(10)]
         return np.mean([np.abs(np.asarray(c, float) - np.asarray(image)).mean() for c in changed])
 
     assert 0 < change(0.1) < change(0.5) < change(1.0)
+
+
+def test_shape_and_color_have_strengths_of_their_own(image):
+    start = np.asarray(image)
+    shape, color = (
+        np.asarray(augment(image, np.random.default_rng(0), *strengths))
+        for strengths in ((1.0, 0.0), (0.0, 1.0))
+    )
+    assert set(map(tuple, color.reshape(-1, 3))) != set(map(tuple, start.reshape(-1, 3)))
+    edges = [np.abs(np.diff(x[..., 0].astype(int), axis=1)) > 30 for x in (start, shape, color)]
+    np.testing.assert_array_equal(edges[0], edges[2])
+    assert (edges[0] != edges[1]).any()
+    assert np.abs(shape[15:25, 25:35].astype(int) - (200, 120, 40)).max() == 0
 
 
 def test_zoom_is_about_the_center(image):
@@ -59,7 +72,7 @@ def test_zoom_is_about_the_center(image):
         def uniform(self, low, high, size=None):
             return high if size is None else np.zeros(size)
 
-    pixels = np.asarray(augment(image, OnlyZoom(), 1.0))
+    pixels = np.asarray(augment(image, OnlyZoom(), 1.0, 1.0))
     y, x = np.nonzero(pixels[..., 0] > 130)
     assert x.mean() == pytest.approx(29.5, abs=0.6)  # the block's center is the picture's
     assert y.mean() == pytest.approx(19.5, abs=0.6)

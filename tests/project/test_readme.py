@@ -28,6 +28,8 @@ def test_links_lead_somewhere(link):
     assert link.startswith("https://") or (ROOT / link).exists()
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\b(?:configs|benchmarks)/\w+\.py", README))))
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"\b(?:configs|benchmarks)/\w+\.py", README)))
+)
 def test_files_named_exist(path):
     assert (ROOT / path).is_file()

@@ -45,6 +45,16 @@ def test_qwen_single_turn_equals_the_reference():
     assert got.ids.dtype == got.labels.dtype == np.int32
 
 
+def test_question_first_puts_the_picture_behind_its_question():
+    case = turns("<image>\nWhat is this?", "A cat.", "Why?", "A dog.")
+    got = encode_conversation(case, golden.qwen(), "question_first", "answer_only", num_images=1)
+    first = [*USER, *WHAT, 198, IMAGE, *END, *ASSISTANT]
+    second = [*USER, 10234, 30, *END, *ASSISTANT]
+    assert got.ids.tolist() == [*first, *CAT, *END, *second, 32, 5562, 13, *END]
+    assert got.answer_starts.tolist() == [len(first), len(first) + 5 + len(second)]
+    assert stop_ids(golden.qwen(), "question_first") == stop_ids(golden.qwen(), "qwen_1_5")
+
+
 def test_qwen_answer_only_has_loss_on_content_and_end_token():
     got = encode_conversation(
         turns("<image>\nWhat is this?", "A cat.", "Why?", "A dog."),

@@ -17,7 +17,7 @@ from cli_jax.text.tokenizer import from_backend
 WORDS = ("What", "is", "this", "a", "cat?", "naïve", "数字", "🙂", "12", "\n", "\n\n", "...", "  ")
 text = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join)
 answer = text.map(str.strip).filter(bool)  # leading newlines merge with the header: golden test
-TEMPLATES = ("qwen_1_5", "v1")
+TEMPLATES = ["qwen_1_5", "question_first", "v1"]
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def test_labels_are_ids_or_ignored_and_answers_read_back(template, case):
     assert ((only.labels == IGNORE) | (only.labels == reference.labels)).all()
     # The spans with loss are the answers and their end tokens, nothing more.
     edges = np.flatnonzero(np.diff(np.r_[False, only.labels != IGNORE, False]))
-    end = {"qwen_1_5": "<|im_end|>", "v1": "</s>"}[template]
+    end = "</s>" if template == "v1" else "<|im_end|>"
     answers = [turn["value"] for turn in turns[1::2]]
     assert len(edges) == 2 * len(answers)
     for (start, stop), first, want in zip(

@@ -114,7 +114,7 @@ def test_what_can_be_wrong_is_found_before_anything_is_trained(experiment, tmp_p
         run(missing, str(tmp_path / "run"))
     text = dataclasses.replace(experiment.model.text, vocab_size=100)
     small = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, text=text))
-    with pytest.raises(ConfigError, match="ids up to 301, but .*vocab_size is 100"):
+    with pytest.raises(ConfigError, match=r"ids up to 301, but .*vocab_size is 100"):
         run(small, str(tmp_path / "run"))
 
 
