@@ -36,8 +36,6 @@ def get_config() -> ConfigDict:
     )
     config.data.update(
         train=(common.source("train.json"),),
-        turns="one",
-        pack=False,  # all samples are equally short: packing would only widen the attention
         batch_size=128,
         row_length=64,
         visual_per_row=25,

@@ -38,8 +38,6 @@ def get_config() -> ConfigDict:
     config.data.update(
         train=(common.source("train.json"),),
         template="question_first",
-        turns="one",
-        pack=False,  # all samples are equally short: packing would only widen the attention
         batch_size=64,
         row_length=70,
         visual_per_row=30,

@@ -6,8 +6,9 @@ Makes its data first (cli_jax/demo/digits.py), trains, answers the test question
 results.json, predictions.jsonl, examples.png and loss.png in the workdir.
 
 Hardware: 2 CPU cores, 4 GB of memory.
-Time: not measured yet.
-Expected result: not measured yet.
+Time: 4 min 40 s with installation, 2.1 GB (2026-11-21).
+Expected result: 75.7 to 79.7% of 600 test questions over seeds 0, 1 and 2; places 84 to 90%, counts
+66 to 70%. Always the commonest answer: 21.8%; with blanked pictures 17.7%.
 """
 
 from ml_collections import ConfigDict
@@ -28,8 +29,6 @@ def get_config() -> ConfigDict:
     config.data.update(
         prepare="digits",
         train=(common.source("train.json"),),
-        turns="one",  # answers about one picture hint at each other: see meter_digits.py
-        pack=False,
         batch_size=128,
         row_length=36,
         visual_per_row=4,

@@ -14,7 +14,12 @@ def base() -> ConfigDict:
     config.fusion.name = "cli"
     config.fusion.cli.update(taps="all", inject="all", rank=8)
     config.data.update(
-        tokenizer=str(TOKENIZER), template="qwen_1_5", labels="answer_only", images_per_row=1
+        tokenizer=str(TOKENIZER),
+        template="qwen_1_5",
+        labels="answer_only",
+        turns="one",  # answers about one picture hint at each other: see meter_digits.py
+        pack=False,  # all samples are equally short: packing would only widen the attention
+        images_per_row=1,
     )
     config.optimizer.update(lr=2e-3, b2=0.98, warmup_ratio=0.05, clip_norm=1.0)
     config.compute.update(dtype="float32", scan_layers=False, remat="none")
