@@ -145,7 +145,10 @@ def test_bfloat16_parameters_keep_their_type_through_an_update():
             setup.state.params,
             setup.batch,
         )
-    describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+
+    def describe(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
     assert describe(after) == describe(setup.state)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(after.params)} == {"bfloat16"}
     assert {str(leaf.dtype) for leaf in jax.tree.leaves((grads, metrics))} == {"float32"}
