@@ -1,9 +1,11 @@
-"""Augmentation of a training picture before it is tiled: small shifts, zoom and color jitter.
+"""Augmentation of a training picture before it is tiled: shifts, zoom, color jitter, upside down.
 
-Nothing is flipped: LLaVA's questions ask for left and right.
+Nothing is mirrored left to right: LLaVA's questions ask for left and right.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -13,33 +15,50 @@ MAX_ZOOM = 0.15
 MAX_JITTER = 0.4  # of brightness, contrast and color
 
 
-def augment(
-    image: Image.Image, rng: np.random.Generator, strength: float, color: float
-) -> Image.Image:
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Strengths in [0, 1] of shift and zoom, and of color jitter; probability of upside down."""
+
+    strength: float = 0.0
+    jitter: float = 0.0
+    vertical_flip: float = 0.0
+
+    def __bool__(self) -> bool:
+        return max(dataclasses.astuple(self)) > 0
+
+
+NO_AUGMENTATION = Augmentation()
+
+
+def augment(image: Image.Image, rng: np.random.Generator, spec: Augmentation) -> Image.Image:
     """A changed copy of an RGB picture, of the same size so that its layout stays the same.
 
-    `strength` in [0, 1] scales shift and zoom, `color` the jitter of brightness, contrast and
-    saturation. What the shift uncovers gets the picture's mean color. Draws a fixed number of
-    values from `rng`, so the result depends on its state alone.
+    What a shift uncovers gets the picture's mean color. Draws a fixed number of values from `rng`,
+    so the result depends on its state alone.
     """
+    strength = spec.strength
     zoom = 1 + strength * MAX_ZOOM * rng.uniform(-1, 1)
     shift = strength * MAX_SHIFT * rng.uniform(-1, 1, 2)
-    factors = 1 + color * MAX_JITTER * rng.uniform(-1, 1, 3)
+    factors = 1 + spec.jitter * MAX_JITTER * rng.uniform(-1, 1, 3)
+    upside_down = rng.uniform() < spec.vertical_flip
     width, height = image.size
     # The affine map takes an output pixel to the input: scaled about the center, then shifted.
     scale = 1 / zoom
     left = width * ((1 - scale) / 2 + shift[0])
     top = height * ((1 - scale) / 2 + shift[1])
-    mean = np.asarray(image.resize((1, 1), Image.Resampling.BOX))[0, 0]
-    image = image.transform(
-        image.size,
-        Image.Transform.AFFINE,
-        (scale, 0, left, 0, scale, top),
-        resample=Image.Resampling.BICUBIC,
-        fillcolor=tuple(int(c) for c in mean),
-    )
+    if strength:
+        mean = np.asarray(image.resize((1, 1), Image.Resampling.BOX))[0, 0]
+        image = image.transform(
+            image.size,
+            Image.Transform.AFFINE,
+            (scale, 0, left, 0, scale, top),
+            resample=Image.Resampling.BICUBIC,
+            fillcolor=tuple(int(c) for c in mean),
+        )
     jitters = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    if color:
+    if spec.jitter:
         for jitter, factor in zip(jitters, factors, strict=True):
             image = jitter(image).enhance(float(factor))
+    if upside_down:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     return image

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cli_jax.config import ImageConfig, VisionConfig
-from cli_jax.data.augment import augment
+from cli_jax.data.augment import NO_AUGMENTATION, Augmentation, augment
 from cli_jax.data.collate import Extent, Sizes
 from cli_jax.data.sources import RowError
 from cli_jax.experiment import DataConfig
@@ -80,13 +80,8 @@ class SampleSpec:
     image: ImageConfig
     vision: VisionConfig
     room: Extent
-    augment: float = 0.0
-    jitter: float = 0.0
+    augmentation: Augmentation = NO_AUGMENTATION
     one_question: bool = False
-
-    @property
-    def augmented(self) -> bool:
-        return self.augment > 0 or self.jitter > 0
 
     @classmethod
     def from_config(
@@ -99,8 +94,7 @@ class SampleSpec:
             image=image,
             vision=vision,
             room=Sizes.from_config(data, vision, rows=1).row,
-            augment=data.augment,
-            jitter=data.jitter,
+            augmentation=Augmentation(data.augment, data.jitter, data.vertical_flip),
             one_question=data.turns == "one",
         )
 
@@ -114,7 +108,7 @@ def make_sample(
     RowError, ConversationError or ImageError for a bad row, TooLong for one that no row can hold.
     """
     paths, conversations = _image_paths(row), row.get("conversations")
-    if rng is None and (spec.augmented or spec.one_question):
+    if rng is None and (spec.augmentation or spec.one_question):
         raise ValueError("augmentation or turns='one' is on: give a random generator")
     if rng is not None and spec.one_question:
         conversations = one_exchange(conversations, len(paths), lambda n: int(rng.integers(n)))
@@ -126,7 +120,7 @@ def make_sample(
         num_images=len(paths),
     )
     images = _open(paths, root, spec)
-    return _assemble(row, encoded, images, spec, rng if spec.augmented else None)
+    return _assemble(row, encoded, images, spec, rng if spec.augmentation else None)
 
 
 def make_prompt_sample(row: Mapping[str, Any], root: str, spec: SampleSpec) -> Sample:
@@ -198,7 +192,7 @@ def _assemble(
     context_end = answers[np.searchsorted(answers, starts[slots], side="right")]
 
     if rng is not None:
-        images = [augment(image, rng, spec.augment, spec.jitter) for image in images]
+        images = [augment(image, rng, spec.augmentation) for image in images]
     size = spec.vision.image_size
     return Sample(
         id=str(row.get("id", "")),

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli_jax.data.augment import augment
+from cli_jax.data.augment import Augmentation, augment
+
+STRONG = Augmentation(strength=1.0, jitter=1.0)
 
 
 @pytest.fixture
@@ -15,12 +17,12 @@ def image():
 
 
 def test_strength_zero_changes_nothing(image):
-    got = augment(image, np.random.default_rng(0), 0.0, 0.0)
+    got = augment(image, np.random.default_rng(0), Augmentation())
     np.testing.assert_array_equal(np.asarray(got), np.asarray(image))
 
 
 def test_the_size_stays_and_the_generator_decides(image):
-    a, b, c = (augment(image, np.random.default_rng(seed), 1.0, 1.0) for seed in (1, 1, 2))
+    a, b, c = (augment(image, np.random.default_rng(seed), STRONG) for seed in (1, 1, 2))
     assert a.size == image.size
     assert a.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -33,7 +35,7 @@ def test_the_shape_moves_by_little_and_is_never_mirrored(image):
     start = Image.fromarray(left_half.astype(np.uint8))
     shifts, areas = [], []
     for seed in range(40):
-        pixels = np.asarray(augment(start, np.random.default_rng(seed), 1.0, 1.0)).astype(float)
+        pixels = np.asarray(augment(start, np.random.default_rng(seed), STRONG)).astype(float)
         orange = pixels[..., 0] - pixels[..., 2]  # the rest is gray
         block = orange > orange.max() / 2
         y, x = np.nonzero(block)
@@ -48,7 +50,8 @@ def test_the_shape_moves_by_little_and_is_never_mirrored(image):
 
 def test_strength_scales_the_change(image):
     def change(strength):
-        changed = [augment(image, np.random.default_rng(s), strength, strength) for s in range(10)]
+        spec = Augmentation(strength, strength)
+        changed = [augment(image, np.random.default_rng(s), spec) for s in range(10)]
         return np.mean([np.abs(np.asarray(c, float) - np.asarray(image)).mean() for c in changed])
 
     assert 0 < change(0.1) < change(0.5) < change(1.0)
@@ -57,7 +60,7 @@ def test_strength_scales_the_change(image):
 def test_shape_and_color_have_strengths_of_their_own(image):
     start = np.asarray(image)
     shape, color = (
-        np.asarray(augment(image, np.random.default_rng(0), *strengths))
+        np.asarray(augment(image, np.random.default_rng(0), Augmentation(*strengths)))
         for strengths in ((1.0, 0.0), (0.0, 1.0))
     )
     assert set(map(tuple, color.reshape(-1, 3))) != set(map(tuple, start.reshape(-1, 3)))
@@ -69,11 +72,29 @@ def test_shape_and_color_have_strengths_of_their_own(image):
 
 def test_zoom_is_about_the_center(image):
     class OnlyZoom:
-        def uniform(self, low, high, size=None):
+        def uniform(self, low=0.0, high=1.0, size=None):
             return high if size is None else np.zeros(size)
 
-    pixels = np.asarray(augment(image, OnlyZoom(), 1.0, 1.0))
+    pixels = np.asarray(augment(image, OnlyZoom(), STRONG))
     y, x = np.nonzero(pixels[..., 0] > 130)
     assert x.mean() == pytest.approx(29.5, abs=0.6)  # the block's center is the picture's
     assert y.mean() == pytest.approx(19.5, abs=0.6)
     assert len(x) == pytest.approx(400 * 1.15**2, rel=0.1)
+
+
+def test_pictures_are_turned_upside_down_as_often_as_asked(image):
+    pixels = np.asarray(image).copy()
+    pixels[:20] += 5  # top and bottom differ
+    start = Image.fromarray(pixels)
+    for share, expected in ((0.0, 0), (1.0, 1), (0.3, 0.3)):
+        spec = Augmentation(vertical_flip=share)
+        changed = [np.asarray(augment(start, np.random.default_rng(s), spec)) for s in range(200)]
+        flipped = [np.array_equal(each, pixels[::-1]) for each in changed]
+        assert all(f or np.array_equal(c, pixels) for f, c in zip(flipped, changed, strict=True))
+        assert np.mean(flipped) == pytest.approx(expected, abs=0.08)
+
+
+def test_an_augmentation_that_changes_nothing_is_false():
+    assert not Augmentation()
+    for field in ("strength", "jitter", "vertical_flip"):
+        assert Augmentation(**{field: 0.1})

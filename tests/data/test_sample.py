@@ -10,6 +10,7 @@ import small
 from cli_jax.batch import IGNORE
 from cli_jax.config import ImageConfig
 from cli_jax.data import RowError, SampleSpec, TooLong, make_prompt_sample, make_sample
+from cli_jax.data.augment import Augmentation
 from cli_jax.data.collate import Extent
 from cli_jax.image.anyres import layout
 from cli_jax.image.errors import ImageError
@@ -134,14 +135,14 @@ def test_a_prompt_is_the_sample_without_its_last_answer(tmp_path):
 
 def test_prompts_are_never_augmented(tmp_path):
     row = small.row(0, image=small.picture(tmp_path, "a.png", 16, 16))
-    strong = dataclasses.replace(SPEC, augment=1.0)
+    strong = dataclasses.replace(SPEC, augmentation=Augmentation(strength=1.0, jitter=1.0))
     plain = make_prompt_sample(row, str(tmp_path), SPEC)
     assert small.key(make_prompt_sample(row, str(tmp_path), strong)) == small.key(plain)
 
 
 def test_augmentation_is_decided_by_the_generator(tmp_path):
     row = small.row(0, image=small.picture(tmp_path, "a.png", 16, 16))
-    spec = dataclasses.replace(SPEC, augment=1.0)
+    spec = dataclasses.replace(SPEC, augmentation=Augmentation(strength=1.0, jitter=1.0))
     a, b, c = (
         make_sample(row, str(tmp_path), spec, np.random.default_rng(seed)) for seed in (0, 0, 1)
     )
