@@ -25,6 +25,14 @@ TapSpec = tuple[int | tuple[int, ...], ...] | str  # an entry with several layer
 Tap = tuple[int, ...]  # vision layers whose mean is one tap
 
 
+class Row(NamedTuple):
+    """How much one row holds: tokens L, visual slots P, tiles M."""
+
+    length: int
+    visual: int
+    tiles: int
+
+
 class Fused(NamedTuple):
     """A strategy's result.
 
@@ -61,6 +69,16 @@ class Fusion(nn.Module):
     def gated_taps(cls, config: Any, vision: VisionConfig) -> tuple[Tap, ...]:
         """The taps that the K axis of the model's gates stands for; empty without gates."""
         return ()
+
+    @classmethod
+    def banked_taps(cls, config: Any, vision: VisionConfig) -> tuple[Tap, ...]:
+        """The taps kept for the whole decoder, [K, B, P, D], and read at every injection."""
+        return ()
+
+    @classmethod
+    def flops(cls, config: Any, model: ModelConfig, row: Row) -> dict[str, float]:
+        """Forward FLOPs of one row by part (`projector`, `amp`, `agf`; dryrun/flops.py)."""
+        raise TypeError(f"{cls.__name__} must count its FLOPs")
 
     @classmethod
     def needs_prompt_context(cls, config: Any) -> bool:
@@ -144,3 +162,16 @@ def project(x_BxMNxV: jax.Array, batch: dict[str, jax.Array], projector: Project
     """P(V) on visual slots [B, P, D]; newline and padding slots get no bias and stay zero."""
     gathered = gather_patches(projector.hidden(x_BxMNxV), batch)
     return projector.output(gathered) * is_patch(batch)[..., None]
+
+
+def project_flops(model: ModelConfig, row: Row) -> float:
+    """FLOPs of one `project`: the first map on every patch, the second on every visual slot."""
+    V, D = model.vision.hidden_size, model.text.hidden_size
+    return 2.0 * D * (row.tiles * model.vision.num_patches * V + row.visual * D) + plan_flops(
+        D, row
+    )
+
+
+def plan_flops(width: int, row: Row) -> float:
+    """FLOPs of one `gather_patches` of features of a width: four weighted patches a slot."""
+    return 8.0 * width * row.visual

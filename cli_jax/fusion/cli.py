@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cli_jax.config import TextConfig, VisionConfig
+from cli_jax.config import ModelConfig, TextConfig, VisionConfig
 from cli_jax.fusion import agf, base
 from cli_jax.model.decoder import Injection
 from cli_jax.model.gather import place, take_or_zero
@@ -94,6 +94,25 @@ class CLI(base.Fusion):
     @classmethod
     def decoder_layers(cls, config: CLIConfig, text: TextConfig) -> tuple[int, ...]:
         return base.injection_layers(config.inject, text)
+
+    @classmethod
+    def banked_taps(cls, config: CLIConfig, vision: VisionConfig) -> tuple[base.Tap, ...]:
+        return cls.taps(config, vision)
+
+    @classmethod
+    def flops(cls, config: CLIConfig, model: ModelConfig, row: base.Row) -> dict[str, float]:
+        K = len(cls.taps(config, model.vision))
+        T = len(cls.decoder_layers(config, model.text))
+        V, D, r = model.vision.hidden_size, model.text.hidden_size, config.rank
+        patches = row.tiles * model.vision.num_patches
+        low = 2.0 * r * (patches * V + row.visual * D) + base.plan_flops(r, row)
+        inject = 2.0 * T * K * row.visual * D
+        pools = 4.0 * T * D * (K * row.visual + row.length)  # scores and sums, of Vhat and of h
+        return {
+            "projector": (1 + K) * base.project_flops(model, row),
+            "amp": K * low if config.amp else 0.0,
+            "agf": inject + (pools if config.agf == "gated" else 0.0),
+        }
 
     @classmethod
     def needs_prompt_context(cls, config: CLIConfig) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from cli_jax.config import VisionConfig
+from cli_jax.config import ModelConfig, VisionConfig
 from cli_jax.fusion import base
 from cli_jax.model.projector import Projector
 
@@ -27,6 +27,10 @@ class NoFusion(base.Fusion):
     def vision_layers(cls, config: NoneConfig, vision: VisionConfig) -> tuple[int, ...]:
         layer = vision.last_layer if config.vision_layer == -1 else config.vision_layer
         return base.layers_of(base.taps((layer,), vision))
+
+    @classmethod
+    def flops(cls, config: NoneConfig, model: ModelConfig, row: base.Row) -> dict[str, float]:
+        return {"projector": base.project_flops(model, row)}
 
     def __call__(
         self, taps_KxBxMNxV: jax.Array, batch: dict[str, jax.Array], projector: Projector

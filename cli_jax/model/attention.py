@@ -1,12 +1,57 @@
-"""Attention behind one function."""
+"""Attention behind one function: splash on TPU, cuDNN on GPU, XLA elsewhere.
+
+`attention` is what models call. Which kernel it uses is a word in `ComputeConfig.attention`; `auto`
+is settled by the platform before a model is built (`kernel_for`).
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from cli_jax.model.kernels.cudnn import cudnn_attention
+
+SHORT = 128  # positions
+HeadAxes = tuple[str, str]  # logical axes of the query heads and of the key-value heads
+
+
+def kernel_for(name: str, platform: str) -> str:
+    """The kernel that `name` (of ComputeConfig.attention) means on a platform of JAX's."""
+    if name != "auto":
+        return name
+    return {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+
 
 def attention(
+    q_BxLxHxd: jax.Array,
+    k_BxLxGxd: jax.Array,
+    v_BxLxGxd: jax.Array,
+    segment_ids_BxL: jax.Array | None,
+    *,
+    causal: bool,
+    heads: HeadAxes,
+    kernel: str,
+) -> jax.Array:
+    """Softmax attention [B, L, H, d] within rows, grouped key-value heads (H a multiple of G).
+
+    A position attends to those of its row with its own segment id (to all of them without ids),
+    and, if `causal`, to none after it. Rows shorter than a kernel's block use the plain form.
+    """
+    if q_BxLxHxd.shape[1] < SHORT:
+        kernel = "xla"
+    if kernel == "splash":
+        from cli_jax.model.kernels.splash import splash_attention  # Pallas takes a second to load
+
+        return splash_attention(
+            q_BxLxHxd, k_BxLxGxd, v_BxLxGxd, segment_ids_BxL, causal=causal, heads=heads
+        )
+    if kernel == "cudnn":
+        return cudnn_attention(q_BxLxHxd, k_BxLxGxd, v_BxLxGxd, segment_ids_BxL, causal=causal)
+    segments = None if segment_ids_BxL is None else (segment_ids_BxL, segment_ids_BxL)
+    return plain_attention(q_BxLxHxd, k_BxLxGxd, v_BxLxGxd, segments=segments, causal=causal)
+
+
+def plain_attention(
     q_BxLxHxd: jax.Array,
     k_BxSxGxd: jax.Array,
     v_BxSxGxd: jax.Array,
@@ -14,7 +59,7 @@ def attention(
     segments: tuple[jax.Array, jax.Array] | None = None,
     causal: bool = False,
 ) -> jax.Array:
-    """Softmax attention [B, L, H, d] with grouped key-value heads (H a multiple of G).
+    """The same in plain XLA, for any queries and keys; what the kernels are measured against.
 
     A query attends to a key when their segment ids (`segments` = ids of queries [B, L] and of keys
     [B, S]) are equal and, if `causal`, the key's place in the row is not after the query's.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from cli_jax.config import ComputeConfig, TextConfig
 from cli_jax.model import stack
-from cli_jax.model.attention import attention
+from cli_jax.model.attention import attention, plain_attention
 from cli_jax.model.layers import (
     Dtype,
     LogicalAxes,
@@ -164,7 +164,15 @@ class Decoder(nn.Module):
         """
 
         def attend(q, k, v, cache, layer):
-            out = attention(q, k, v, segments=(segment_ids_BxL, segment_ids_BxL), causal=True)
+            out = attention(
+                q,
+                k,
+                v,
+                segment_ids_BxL,
+                causal=True,
+                heads=("heads", "kv_heads"),
+                kernel=self.compute.attention,
+            )
             return out, _write(cache, k, v, layer, 0)
 
         cache = None
@@ -186,7 +194,8 @@ class Decoder(nn.Module):
             cache = _write(cache, k, v, layer, slot)
             ones = jnp.ones_like(positions_B)[:, None]
             segments = (ones, valid_BxS.astype(ones.dtype))
-            return attention(q, cache.key[layer], cache.value[layer], segments=segments), cache
+            keys, values = cache.key[layer], cache.value[layer]
+            return plain_attention(q, keys, values, segments=segments), cache
 
         h, _, cache = self._run(h_BxD[:, None], positions_B[:, None], attend, cache, None)
         return h[:, 0], cache

@@ -101,6 +101,7 @@ class VisionAttention(nn.Module):
     """Full self-attention within a tile; q, k, v and out all have biases."""
 
     config: VisionConfig
+    kernel: str
     dtype: Dtype
     param_dtype: Dtype
 
@@ -114,7 +115,9 @@ class VisionAttention(nn.Module):
             )
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        out = attention(q, k, v).reshape(x.shape)
+        axes = ("vision_heads", "vision_heads")
+        out = attention(q, k, v, None, causal=False, heads=axes, kernel=self.kernel)
+        out = out.reshape(x.shape)
         return dense(V, ("vision_heads", "vision_embed"), *dtypes, name="out_proj")(out)
 
 
@@ -136,15 +139,18 @@ class VisionLayer(nn.Module):
     """Pre-norm block: x += attention(LN1 x); x += MLP(LN2 x)."""
 
     config: VisionConfig
+    kernel: str
     dtype: Dtype
     param_dtype: Dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        args = (self.config, self.dtype, self.param_dtype)
-        norm = (self.config.layer_norm_eps, self.dtype, self.param_dtype)
-        x = x + VisionAttention(*args, name="self_attn")(layer_norm(*norm, name="layer_norm1")(x))
-        return x + VisionMLP(*args, name="mlp")(layer_norm(*norm, name="layer_norm2")(x))
+        dtypes = (self.dtype, self.param_dtype)
+        norm = (self.config.layer_norm_eps, *dtypes)
+        attend = VisionAttention(self.config, self.kernel, *dtypes, name="self_attn")
+        x = x + attend(layer_norm(*norm, name="layer_norm1")(x))
+        mlp = VisionMLP(self.config, *dtypes, name="mlp")
+        return x + mlp(layer_norm(*norm, name="layer_norm2")(x))
 
 
 class VisionEncoder(nn.Module):
@@ -156,7 +162,8 @@ class VisionEncoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, layers: tuple[int, ...]) -> jax.Array:
         c = self.config
-        block = VisionLayer(c, self.dtype, self.param_dtype, parent=None)
+        kernel = self.compute.attention
+        block = VisionLayer(c, kernel, self.dtype, self.param_dtype, parent=None)
         params = stack.stacked_params(self, "layers", block, c.num_hidden_layers, x[:1, :1])
 
         def body(x, layer):

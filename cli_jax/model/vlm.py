@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from cli_jax.config import ComputeConfig, ModelConfig
 from cli_jax.fusion import registry
+from cli_jax.model.attention import kernel_for
 from cli_jax.model.decoder import Cache, Decoder
 from cli_jax.model.gather import place
 from cli_jax.model.layers import partitioned
@@ -118,9 +120,14 @@ class VLM(nn.Module):
         )
 
 
-def build(config: ModelConfig, compute: ComputeConfig) -> VLM:
-    """The model of a config; checks the strategy's layers against the towers at once."""
+def build(config: ModelConfig, compute: ComputeConfig, platform: str | None = None) -> VLM:
+    """The model of a config; checks the strategy's layers against the towers at once.
+
+    `platform` is that of the devices it will run on (by default JAX's own), which decides what
+    `attention="auto"` means.
+    """
     strategy = registry.of(config)
     strategy.vision_layers(config.fusion, config.vision)
     strategy.decoder_layers(config.fusion, config.text)
-    return VLM(config, compute)
+    kernel = kernel_for(compute.attention, platform or jax.default_backend())
+    return VLM(config, dataclasses.replace(compute, attention=kernel))

@@ -1,0 +1,98 @@
+"""Compiles a config's training step for described TPU devices and reads what the compiler says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+
+from cli_jax.dryrun.chips import Topology
+from cli_jax.experiment import Experiment
+from cli_jax.train.setup import Setup, make_setup
+from cli_jax.train.step import lower_step
+
+_NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. `temporaries` are the step's own: activations, gradients, buffers."""
+
+    parameters: float
+    optimizer: float
+    batch: float
+    temporaries: float
+    total: float
+    limit: float  # what the compiler may use of the device's HBM
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A step for a topology: its set-up, memory, and, if it fits, its program's text."""
+
+    setup: Setup
+    memory: Memory
+    text: str
+    seconds: float
+
+
+def compile_for(experiment: Experiment, topology: Topology) -> Compiled:
+    """Lowers and compiles the true training step; ConfigError if the config is impossible there.
+
+    A step that needs more memory than there is compiles to nothing: its `text` is empty and its
+    memory is what the compiler asked for.
+    """
+    setup = make_setup(experiment, topology.devices)
+    begun = time.perf_counter()
+    lowered = lower_step(setup)
+    known = {
+        "parameters": tree_bytes(setup.state.params),
+        "optimizer": tree_bytes(setup.state.opt_state),
+        "batch": tree_bytes(setup.batch),
+    }
+    arguments = sum(known.values())
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _NEEDED.search(str(error))
+        if needed is None:
+            raise
+        total, limit = (
+            float(needed[i]) * _UNIT[needed[i + 1]] for i in (1, 3)
+        )
+        memory = Memory(**known, temporaries=total - arguments, total=total, limit=limit)
+        return Compiled(setup, memory, "", time.perf_counter() - begun)
+    found: Any = compiled.memory_analysis()
+    # The state is donated: its outputs lie where its inputs were.
+    total = (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+    )
+    memory = Memory(
+        **known,
+        temporaries=total - arguments,
+        total=total,
+        limit=topology.chip.hbm_bytes,
+    )
+    return Compiled(setup, memory, compiled.as_text(), time.perf_counter() - begun)
+
+
+def tree_bytes(tree: Any) -> float:
+    """Bytes of a tree of abstract arrays on one device."""
+    return float(
+        sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+    )

@@ -1,0 +1,1 @@
+"""Attention kernels of one accelerator each; `model/attention.py` chooses among them."""
