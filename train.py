@@ -11,6 +11,10 @@ checkpoints/, metrics.jsonl, TensorBoard events, and, when the config has an eva
 results.json, predictions.jsonl and pictures. Running the same command again goes on from the newest
 checkpoint, exactly as if the run had not been stopped; to start afresh, use another workdir.
 
+Before paying for chips, ask what the step needs there (no weights, data or accelerator needed):
+
+    python train.py --config configs/ov7b_cli.py --dry_run --topology v5e:16x16
+
 SIGTERM, a preemption notice or Ctrl-C saves once and stops. Exit code: 0 when the run is done or
 was asked to stop and has saved; 1 with one line on stderr when something has to be changed first.
 
@@ -35,15 +39,26 @@ from cli_jax.train.run import run
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file, e.g. configs/quickstart.py.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder that collects all that the run leaves.", required=True
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder that collects all that the run leaves.")
 _DISTRIBUTED = flags.DEFINE_boolean(
     "distributed",
     False,
     "Join the other processes of a TPU pod, SLURM job or Kubernetes job set before anything else; "
     "start the same command on every host.",
 )
+_DRY_RUN = flags.DEFINE_boolean(
+    "dry_run",
+    False,
+    "Compile the training step for --topology and print its memory, FLOPs, communication and "
+    "lower bounds on its time; exit code 2 if it does not fit. Needs cli-jax[tpu], no TPU.",
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    "",
+    "TPUs to compile for: v5e:16x16, v5p:4x4x4, 2*v5e:16x16 for two slices; chips v4, v5e, v5p, "
+    "v6e, tpu7x.",
+)
+_DRY_RUN_JSON = flags.DEFINE_string("dry_run_json", "", "A file for the dry run's numbers.")
 flags.mark_flag_as_required("config")
 
 
@@ -70,6 +85,12 @@ def main(argv: Sequence[str]) -> None:
     keep_freed_memory()
     try:
         experiment = experiment_lib.from_dict(_CONFIG.value)
+        if _DRY_RUN.value:
+            from cli_jax.dryrun.run import dry_run  # the TPU compiler, for those who ask for it
+
+            sys.exit(0 if dry_run(experiment, _TOPOLOGY.value, _DRY_RUN_JSON.value) else 2)
+        if _WORKDIR.value is None:
+            raise app.UsageError("--workdir is required: the folder that collects all")
         if _DISTRIBUTED.value:
             jax.distributed.initialize()
         run(experiment, _WORKDIR.value)

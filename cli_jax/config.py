@@ -100,7 +100,8 @@ class ComputeConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["bfloat16", "float32"] = "float32"
     scan_layers: bool = True  # False unrolls: faster on CPU, slower to compile
-    remat: Literal["none", "full", "dots", "dots_no_batch"] = "full"
+    # What the backward pass recomputes (cli_jax/model/remat.py)
+    remat: Literal["none", "dots", "dots_no_batch", "attention", "full", "offload"] = "full"
     # `auto`: splash on TPU, cudnn on GPU, xla elsewhere
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     loss_chunk: int = 0  # tokens per vocabulary-loss chunk; 0 = all at once

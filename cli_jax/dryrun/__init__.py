@@ -1,1 +1,1 @@
-"""What a run will need, found by compiling its step for described chips: no accelerator, no data."""
+"""What a run will need, found by compiling its step for described chips."""

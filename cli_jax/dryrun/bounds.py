@@ -1,4 +1,4 @@
-"""Lower bounds on the time of a step: what arithmetic, memory and network each take at their best."""
+"""Lower bounds on the time of a step: arithmetic, memory and network, each at its best."""
 
 from __future__ import annotations
 
@@ -80,4 +80,3 @@ def _repeated(experiment: Experiment, compiled: Compiled) -> float:
         layers = part != "head" and experiment.compute.remat == "full"
         total += once if chunked or layers else 0.0
     return total * experiment.data.batch_size
-

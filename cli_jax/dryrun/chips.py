@@ -93,6 +93,4 @@ def describe(name: str) -> Topology:
         if isinstance(getattr(chip, f.name), float)
     }
     share["hbm_bytes"] = chip.hbm_bytes / per_chip
-    return Topology(
-        name, dataclasses.replace(chip, **share, per_chip=per_chip), devices, slices
-    )
+    return Topology(name, dataclasses.replace(chip, **share, per_chip=per_chip), devices, slices)

@@ -27,6 +27,7 @@ class Memory:
     optimizer: float
     batch: float
     temporaries: float
+    output: float  # the new state, written where the old one was
     total: float
     limit: float  # what the compiler may use of the device's HBM
 
@@ -58,17 +59,16 @@ def compile_for(experiment: Experiment, topology: Topology) -> Compiled:
         "parameters": tree_bytes(setup.state.params),
         "optimizer": tree_bytes(setup.state.opt_state),
         "batch": tree_bytes(setup.batch),
+        "output": tree_bytes(setup.state),
     }
-    arguments = sum(known.values())
+    arguments = tree_bytes((setup.state, setup.batch))
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _NEEDED.search(str(error))
         if needed is None:
             raise
-        total, limit = (
-            float(needed[i]) * _UNIT[needed[i + 1]] for i in (1, 3)
-        )
+        total, limit = (float(needed[i]) * _UNIT[needed[i + 1]] for i in (1, 3))
         memory = Memory(**known, temporaries=total - arguments, total=total, limit=limit)
         return Compiled(setup, memory, "", time.perf_counter() - begun)
     found: Any = compiled.memory_analysis()

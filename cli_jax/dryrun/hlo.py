@@ -1,7 +1,8 @@
 """Reading a compiled program's text: which collectives it runs, how often, on how many bytes.
 
-The text lists computations; a loop's body is listed once, with its trip count at the loop. What
-runs in a body counts as often as all the loops around it say.
+The text lists computations, and a loop's body once: what runs in it counts as often as all the
+loops around it say. A loop's count is a note beside it, or else the constant that its condition
+compares its counter with (the loops of JAX's scans and of XLA's own start at 0 and step by 1).
 """
 
 from __future__ import annotations
@@ -27,8 +28,14 @@ _BYTES = {
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,]*)\]")
-_CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=\{?(%?[\w.\-, %]+)\}?")
+_CALLED = re.compile(
+    r"\b(?:body|calls|to_apply|branch_computations|called_computations)="
+    r"\{?(%?[\w.\-]+(?:, %[\w.\-]+)*)"
+)
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+Line = tuple[str, str, str, str]  # name, type, operation, rest
 
 
 class Instruction(NamedTuple):
@@ -49,8 +56,7 @@ def instructions(text: str) -> Iterator[Instruction]:
     def visit(name: str, count: int) -> None:
         times[name] += count
         for _, _, op, rest in bodies[name]:
-            trips = _TRIPS.search(rest)
-            loops = int(trips[1]) if op == "while" and trips else 1
+            loops = _trip_count(rest, bodies) if op == "while" else 1
             for called in _CALLED.finditer(rest):
                 for callee in called[1].replace("%", "").split(","):
                     if callee.strip() in bodies:
@@ -74,24 +80,43 @@ def size(type_: str) -> float:
 def collective_bytes(text: str) -> dict[str, float]:
     """Bytes that one device's collectives produce in one execution, by kind.
 
-    An asynchronous pair counts once, at its start, with what it makes (not what it reads).
+    The TPU compiler writes one collective several times: where it starts, in the loops it is spread
+    over, where it ends. They share a channel, which counts once, as often as its rarest mention
+    runs.
     """
-    total: dict[str, float] = dict.fromkeys(COLLECTIVES, 0.0)
+    channels: dict[str, tuple[str, float]] = {}
     for line in instructions(text):
-        op = line.op.removesuffix("-start")
-        if op in total:
-            arrays = _ARRAY.findall(line.type)
-            made = size(line.type)
-            if line.op.endswith("-start") and len(arrays) > 1:
-                # (operands..., results..., context): the results are the larger or the equal half
-                made = max(size(f"{kind}[{dims}]") for kind, dims in arrays)
-            total[op] += line.times * made
+        op, channel = line.op.removesuffix("-start"), _CHANNEL.search(line.rest)
+        if op not in COLLECTIVES or channel is None:
+            continue
+        made = size(line.type)
+        if line.op.endswith("-start"):
+            # (operands..., results..., context): one array is the largest of either
+            made = max(size(f"{kind}[{dims}]") for kind, dims in _ARRAY.findall(line.type))
+        found = op, line.times * made
+        channels[channel[1]] = min(found, channels.get(channel[1], found), key=lambda x: x[1])
+    total: dict[str, float] = dict.fromkeys(COLLECTIVES, 0.0)
+    for op, made in channels.values():
+        total[op] += made
     return total
 
 
-def _computations(text: str) -> dict[str, list[tuple[str, str, str, str]]]:
-    found: dict[str, list[tuple[str, str, str, str]]] = {}
-    lines: list[tuple[str, str, str, str]] = []
+def _trip_count(rest: str, bodies: dict[str, list[Line]]) -> int:
+    if noted := _TRIPS.search(rest):
+        return int(noted[1])
+    condition = _CONDITION.search(rest)
+    lines = bodies[condition[1]] if condition else []
+    constants = {name: rest for name, _, op, rest in lines if op == "constant"}
+    compared = [r for _, _, op, r in lines if op == "compare" and "direction=LT" in r]
+    limits = [n for name, n in constants.items() if any(f"%{name})" in r for r in compared)]
+    if len(limits) != 1:
+        raise ValueError(f"a loop's count cannot be read from its condition: {lines}")
+    return int(limits[0].split(")")[0])
+
+
+def _computations(text: str) -> dict[str, list[Line]]:
+    found: dict[str, list[Line]] = {}
+    lines: list[Line] = []
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
             lines = found.setdefault(header[1], [])

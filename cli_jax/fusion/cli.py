@@ -27,7 +27,7 @@ from cli_jax.model.decoder import Injection
 from cli_jax.model.gather import place, take_or_zero
 from cli_jax.model.layers import partitioned
 from cli_jax.model.projector import Projector
-from cli_jax.model.stack import rematerialize
+from cli_jax.model.remat import rematerialize
 
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]
@@ -140,34 +140,37 @@ class CLI(base.Fusion):
                 len(points), groups, channel_rank, c.gate_bias_init, self.param_dtype, name="agf"
             )(D)
         slots_BxIxP = _slots_of_image(batch)
-        align = self._align(batch, slots_BxIxP, projector, weights)
-        _, (bank_KxBxPxD, c_v_KxBxTxIxD) = jax.lax.scan(
-            rematerialize(align, self.remat),
-            None,
-            (base.take_taps(hidden_ExBxMNxV, emitted, taps), lora),
-            unroll=True if self.unroll else 1,
-        )
+        unroll = True if self.unroll else 1
+
+        def each_tap(f: Callable[[Any], Any], xs: Any) -> Any:
+            f = rematerialize(f, self.remat)
+            return jax.lax.scan(lambda _, x: (None, f(x)), None, xs, unroll=unroll)[1]
+
+        align = self._align(batch, projector)
+        bank_KxBxPxD = each_tap(align, (base.take_taps(hidden_ExBxMNxV, emitted, taps), lora))
         xs = None
         if weights is not None:
+            c_v_KxBxTxIxD = each_tap(
+                lambda Vhat_BxPxD: agf.pool(weights["query_visual"], Vhat_BxPxD, slots_BxIxP),
+                bank_KxBxPxD,
+            )
             xs = weights, agf.visual_half(weights, c_v_KxBxTxIxD)
         inject = _injector(c, bank_KxBxPxD, batch, slots_BxIxP)
         return base.Fused(features_BxPxD, Injection(points, inject, xs))
 
-    def _align(self, batch: Batch, slots_BxIxP: jax.Array, projector: Projector, weights: Any):
-        """A scan's body: one tap -> its aligned features Vhat_k and their pools c_v[:, k]."""
+    def _align(self, batch: Batch, projector: Projector) -> Callable[[Any], jax.Array]:
+        """One tap (V_k, its LoRA weights) -> its aligned features Vhat_k [B, P, D]."""
         c: CLIConfig = self.model.fusion
         P, variables = projector.unbind()
 
-        def align(_: None, tap: Any) -> tuple[None, tuple[jax.Array, jax.Array | None]]:
+        def align(tap: Any) -> jax.Array:
             V_BxMNxV, lora = tap
             Vhat_BxPxD = base.project(V_BxMNxV, batch, P.bind(variables))
-            if lora is not None:
-                A_Vxr, B_rxD = (w.astype(self.dtype) for w in lora)
-                low_BxPxr = base.gather_patches(V_BxMNxV @ A_Vxr, batch)
-                Vhat_BxPxD = Vhat_BxPxD + (c.alpha or c.rank) / c.rank * (low_BxPxr @ B_rxD)
-            if weights is None:
-                return None, (Vhat_BxPxD, None)
-            return None, (Vhat_BxPxD, agf.pool(weights["query_visual"], Vhat_BxPxD, slots_BxIxP))
+            if lora is None:
+                return Vhat_BxPxD
+            A_Vxr, B_rxD = (w.astype(self.dtype) for w in lora)
+            low_BxPxr = base.gather_patches(V_BxMNxV @ A_Vxr, batch)
+            return Vhat_BxPxD + (c.alpha or c.rank) / c.rank * (low_BxPxr @ B_rxD)
 
         return align
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cli_jax.model.kernels.cudnn import cudnn_attention
+from cli_jax.model.remat import attention_output
 
 SHORT = 128  # positions
 HeadAxes = tuple[str, str]  # logical axes of the query heads and of the key-value heads
@@ -37,6 +38,20 @@ def attention(
     A position attends to those of its row with its own segment id (to all of them without ids),
     and, if `causal`, to none after it. Rows shorter than a kernel's block use the plain form.
     """
+    return attention_output(
+        _attention(q_BxLxHxd, k_BxLxGxd, v_BxLxGxd, segment_ids_BxL, causal, heads, kernel)
+    )
+
+
+def _attention(
+    q_BxLxHxd: jax.Array,
+    k_BxLxGxd: jax.Array,
+    v_BxLxGxd: jax.Array,
+    segment_ids_BxL: jax.Array | None,
+    causal: bool,
+    heads: HeadAxes,
+    kernel: str,
+) -> jax.Array:
     if q_BxLxHxd.shape[1] < SHORT:
         kernel = "xla"
     if kernel == "splash":

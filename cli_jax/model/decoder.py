@@ -21,6 +21,7 @@ from cli_jax.model.layers import (
     rotary_angles,
     rotate,
 )
+from cli_jax.model.remat import layer_input, rematerialize
 
 
 class Cache(NamedTuple):
@@ -207,15 +208,16 @@ class Decoder(nn.Module):
         def body(carry, xs):
             h, cache = carry
             params, layer = xs
+            h = layer_input(h)
             return self.block.apply({"params": params}, h, rotary, attend, cache, layer), None
 
         def visit(carry, point):
             h, cache = carry
-            h, out = stack.rematerialize(injection.inject, self.compute.remat)(h, point)
+            h, out = rematerialize(injection.inject, self.compute.remat)(h, point)
             return (h, cache), out
 
         (h, cache), outs = stack.run(
-            stack.rematerialize(body, self.compute.remat),
+            rematerialize(body, self.compute.remat),
             (h, cache),
             (self.layers, jnp.arange(c.num_hidden_layers)),
             stop=c.num_hidden_layers,

@@ -18,19 +18,6 @@ import jax.numpy as jnp
 PyTree = Any
 Body = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
-REMAT_POLICIES: dict[str, Callable | None] = {
-    "full": None,  # save layer inputs only
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-def rematerialize(function: Callable, policy: str) -> Callable:
-    """Wraps a function so that its backward pass recomputes what the named policy does not save."""
-    if policy == "none":
-        return function
-    return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=False)
-
 
 def stacked_params(
     module: nn.Module, name: str, block: nn.Module, length: int, *example: Any

@@ -11,6 +11,7 @@ from cli_jax.config import ComputeConfig, ImageConfig, VisionConfig
 from cli_jax.model import stack
 from cli_jax.model.attention import attention
 from cli_jax.model.layers import ACTIVATIONS, Dtype, dense, layer_norm, partitioned
+from cli_jax.model.remat import layer_input, rematerialize
 
 # 1/255 in two parts, the first so short that its product with a byte is exact. A division would do,
 # but XLA may make it a product with the rounded 1/255, an ulp or two off the reference.
@@ -167,11 +168,11 @@ class VisionEncoder(nn.Module):
         params = stack.stacked_params(self, "layers", block, c.num_hidden_layers, x[:1, :1])
 
         def body(x, layer):
-            return block.apply({"params": layer}, x), None
+            return block.apply({"params": layer}, layer_input(x)), None
 
         patches = slice(1, None) if c.model_type == "clip" else slice(None)
         _, taps = stack.run(
-            stack.rematerialize(body, self.compute.remat),
+            rematerialize(body, self.compute.remat),
             x,
             params,
             stop=layers[-1],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -129,5 +129,5 @@ def build(config: ModelConfig, compute: ComputeConfig, platform: str | None = No
     strategy = registry.of(config)
     strategy.vision_layers(config.fusion, config.vision)
     strategy.decoder_layers(config.fusion, config.text)
-    kernel = kernel_for(compute.attention, platform or jax.default_backend())
+    kernel: Any = kernel_for(compute.attention, platform or jax.default_backend())
     return VLM(config, dataclasses.replace(compute, attention=kernel))

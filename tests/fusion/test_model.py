@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from cli_jax.batch import IGNORE
 from cli_jax.fusion.cli import CLIConfig
 from cli_jax.fusion.none import NoneConfig
-from cli_jax.model.attention import attention
+from cli_jax.model.attention import plain_attention
 from cli_jax.model.decoder import DecoderLayer
 from cli_jax.model.layers import rotary_angles
 from tests.fusion import tiny
@@ -36,7 +36,7 @@ def pieces():
 
     def attend(q, k, v, cache, layer):
         segments = batch["segment_ids"], batch["segment_ids"]
-        return attention(q, k, v, segments=segments, causal=True), cache
+        return plain_attention(q, k, v, segments=segments, causal=True), cache
 
     @jax.jit
     def tower(params):

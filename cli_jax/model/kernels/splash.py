@@ -76,9 +76,7 @@ def _local(q, k, v, segment_ids, *, causal: bool, interpret: bool) -> jax.Array:
 
 def block_size(length: int) -> int:
     """The largest block, a multiple of the lanes, that divides a length of whole lanes."""
-    return next(
-        size for size in range(MAX_BLOCK, 0, -LANES) if length % size == 0
-    )
+    return next(size for size in range(MAX_BLOCK, 0, -LANES) if length % size == 0)
 
 
 def _kernel(heads: int, length: int, block: int, causal: bool, interpret: bool):
