@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cli_jax.parallel.rules import Rules
 from cli_jax.train.loss import LossSums, loss_sums
 from cli_jax.train.optimizer import schedule, trained
 from cli_jax.train.setup import Setup, shardings
@@ -17,6 +20,7 @@ from cli_jax.train.state import Params, TrainState, merge, split
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Sums = Callable[[Params, Params, Batch], tuple[Params, LossSums]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -84,7 +88,7 @@ def gradients(
     experiment = setup.experiment
     apply: Any = setup.model.apply
 
-    def sums_of(trainable: Params, microbatch: Batch) -> tuple[jax.Array, LossSums]:
+    def sums_of(trainable: Params, frozen: Params, microbatch: Batch) -> tuple[jax.Array, LossSums]:
         params = {"params": merge(trainable, frozen)}
         hidden = apply(params, microbatch).hidden
         sums = loss_sums(
@@ -97,38 +101,72 @@ def gradients(
         )
         return sums.loss, sums
 
-    def of_microbatch(microbatch: Batch) -> tuple[Params, LossSums]:
-        grads, sums = jax.grad(sums_of, has_aux=True)(trainable, microbatch)
+    def of_microbatch(
+        trainable: Params, frozen: Params, microbatch: Batch
+    ) -> tuple[Params, LossSums]:
+        grads, sums = jax.grad(sums_of, has_aux=True)(trainable, frozen, microbatch)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
     parts = experiment.optimizer.accumulate
     if parts == 1:
-        grads, sums = of_microbatch(batch)
+        grads, sums = of_microbatch(trainable, frozen, batch)
+    elif setup.mesh.shape["data"] == 1:
+        grads, sums = _accumulate(of_microbatch, trainable, frozen, batch, parts, setup.rules)
     else:
-        microbatches = _microbatches(setup, batch, parts)
-        first = jax.tree.map(lambda x: x[0], microbatches)
-        zero = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_microbatch, first)
-        )
-
-        def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, of_microbatch(microbatch)), None
-
-        (grads, sums), _ = jax.lax.scan(add, zero, microbatches)
+        grads, sums = _reduce_once(setup, of_microbatch)(trainable, frozen, batch)
     weight = jnp.maximum(sums.weight, 1)  # a batch without any label has a zero gradient
     return jax.tree.map(lambda g: g / weight, grads), sums
 
 
-def _microbatches(setup: Setup, batch: Batch, parts: int) -> Batch:
+def _accumulate(
+    of_microbatch: Sums, trainable: Params, frozen: Params, batch: Batch, parts: int, rules: Rules
+) -> tuple[Params, LossSums]:
+    """The sum of `of_microbatch` over `parts` microbatches, one after another."""
+    microbatches = _microbatches(batch, parts, rules)
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    shape = jax.eval_shape(of_microbatch, trainable, frozen, first)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+
+    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_microbatch(trainable, frozen, microbatch)), None
+
+    return jax.lax.scan(add, zero, microbatches)[0]
+
+
+def _reduce_once(setup: Setup, of_microbatch: Sums) -> Sums:
+    """`_accumulate` where several copies of the model share the batch (mesh axis `data`).
+
+    Every copy adds up its own microbatches and they are reduced over the copies once. Left to
+    itself the compiler reduces every microbatch, over what may be the slow network.
+    """
+    parts = setup.experiment.optimizer.accumulate
+    own = tuple(axis for axis in setup.rules.batch if axis != "data")
+    rules = dataclasses.replace(setup.rules, batch=own)
+
+    def local(trainable: Params, frozen: Params, batch: Batch) -> Any:
+        with nn.logical_axis_rules(rules.pairs()):
+            total = _accumulate(of_microbatch, trainable, frozen, batch, parts, rules)
+        return jax.lax.psum(total, "data")
+
+    return jax.shard_map(
+        local,
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec(),
+        axis_names={"data"},
+        check_vma=False,  # the model's inner programs do not say over which axes they vary
+    )
+
+
+def _microbatches(batch: Batch, parts: int, rules: Rules) -> Batch:
     """[B, ...] -> [parts, B/parts, ...] without moving rows between devices.
 
     Rows lie on the devices in order, so microbatch i takes every parts-th row from i on: each
     device then splits its own rows.
     """
-    sharding = NamedSharding(setup.mesh, PartitionSpec(None, setup.rules.batch))
+    spec = PartitionSpec(None, rules.batch)
 
     def cut(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-        return jax.lax.with_sharding_constraint(x, sharding)
+        return jax.lax.with_sharding_constraint(x, spec)
 
     return {name: cut(x) for name, x in batch.items()}
