@@ -58,6 +58,9 @@ _TOPOLOGY = flags.DEFINE_string(
     "TPUs to compile for: v5e:16x16, v5p:4x4x4, 2*v5e:16x16 for two slices; chips v4, v5e, v5p, "
     "v6e, tpu7x.",
 )
+_PROPOSE = flags.DEFINE_boolean(
+    "dry_run_propose", True, "When the step does not fit, try what would and print it."
+)
 _DRY_RUN_JSON = flags.DEFINE_string("dry_run_json", "", "A file for the dry run's numbers.")
 flags.mark_flag_as_required("config")
 
@@ -88,7 +91,8 @@ def main(argv: Sequence[str]) -> None:
         if _DRY_RUN.value:
             from cli_jax.dryrun.run import dry_run  # the TPU compiler, for those who ask for it
 
-            sys.exit(0 if dry_run(experiment, _TOPOLOGY.value, _DRY_RUN_JSON.value) else 2)
+            json_path = _DRY_RUN_JSON.value
+            sys.exit(0 if dry_run(experiment, _TOPOLOGY.value, json_path, _PROPOSE.value) else 2)
         if _WORKDIR.value is None:
             raise app.UsageError("--workdir is required: the folder that collects all")
         if _DISTRIBUTED.value:

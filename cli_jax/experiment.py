@@ -85,9 +85,13 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per axis; -1 takes what is left."""
+    """Devices per axis; -1 takes what is left.
 
-    data: int = 1
+    With both `data` and `fsdp` at -1, `fsdp` is the largest size that divides the model's widths,
+    so that every weight is split, and `data` takes what is left.
+    """
+
+    data: int = -1
     fsdp: int = -1
     tensor: int = 1
 

@@ -1,8 +1,9 @@
 """LLaVA-OneVision's recipes: what its three kinds of runs share, whatever the decoder.
 
-Sizes: a picture has at most 8,829 tokens and 37 tiles, so a row of 16,384 tokens holds every
-picture, and two or three samples of the usual 4,000 to 7,000 tokens. The reference's batch of 256
-samples is therefore about 128 rows; the number of samples per update varies with their lengths.
+Sizes: a picture has at most 8,829 tokens and 37 tiles, so a row of 10,240 tokens holds every
+picture with 1,400 tokens of text, or one or two samples of the usual 4,000 to 7,000 tokens. An
+update of 256 rows is therefore 256 samples or more, up to about 400; the reference's is 256.
+docs/pods.md says on which TPUs that fits.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ def single_image(text: dict[str, Any]) -> ConfigDict:
         train=(common.source("train.json"),),
         template="qwen_1_5",
         labels="reference",
-        batch_size=128,
-        row_length=16_384,
-        visual_per_row=15_360,
+        batch_size=256,
+        row_length=10_240,
+        visual_per_row=8832,
         tiles_per_row=37,
         images_per_row=16,
         workers=16,

@@ -24,5 +24,6 @@ def get_config() -> ConfigDict:
     config = onevision.single_image(models.qwen2_0p5b())
     config.name = "ov0p5b_cli"
     config.fusion.name = "cli"
+    config.optimizer.accumulate = 32  # one row per device at a time on 8 devices: 16 GiB are enough
     config.data.tokenizer = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
     return config

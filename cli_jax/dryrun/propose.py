@@ -48,7 +48,7 @@ def _changes(experiment: Experiment, devices: int) -> Iterator[Change]:
         compute = dataclasses.replace(experiment.compute, remat="full")
         experiment = dataclasses.replace(experiment, compute=compute)
         yield settings("compute.remat", "full"), experiment
-    data, fsdp, _ = axis_sizes(experiment.mesh, devices)
+    data, fsdp, _ = axis_sizes(experiment.mesh, experiment.model, devices)
     rows = experiment.data.batch_size // (data * fsdp)  # per device and update
     more = [n for n in range(experiment.optimizer.accumulate + 1, rows + 1) if rows % n == 0]
     for parts in more:

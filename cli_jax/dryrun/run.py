@@ -13,11 +13,14 @@ from cli_jax.dryrun.report import Report, make_report
 from cli_jax.experiment import ConfigError, Experiment
 
 
-def dry_run(experiment: Experiment, topology_name: str, json_path: str = "") -> bool:
+def dry_run(
+    experiment: Experiment, topology_name: str, json_path: str = "", proposals: bool = True
+) -> bool:
     """Prints the report of the config's step on a topology; True if it fits.
 
     Needs no weights, data or accelerator, only libtpu. `json_path`: also written there. When the
-    step does not fit, changes are tried until one does, and the command line for it is printed.
+    step does not fit and `proposals` are wanted, changes are tried until one does, and the command
+    line for it is printed.
     """
     if not topology_name:
         raise ConfigError("--dry_run needs --topology, e.g. --topology=v5e:16x16")
@@ -32,8 +35,8 @@ def dry_run(experiment: Experiment, topology_name: str, json_path: str = "") -> 
     report = make_report(experiment, topology, compiled)
     _write(report, json_path)
     print(report.text())
-    if report.fits:
-        return True
+    if report.fits or not proposals:
+        return report.fits
     print("trying what would fit:", flush=True)
     found = propose(experiment, topology, lambda text: print(text, flush=True))
     if found is None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from cli_jax.config import ModelConfig
@@ -18,14 +19,20 @@ from cli_jax.experiment import ConfigError, MeshConfig
 AXES = ("data", "fsdp", "tensor")
 
 
-def axis_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """Sizes of (data, fsdp, tensor) for a number of devices; -1 takes what is left."""
+def axis_sizes(
+    config: MeshConfig, model: ModelConfig, num_devices: int, slices: int = 1
+) -> tuple[int, int, int]:
+    """Sizes of (data, fsdp, tensor) for a number of devices in a number of slices."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    free = [axis for axis, size in sizes.items() if size == -1]
     wrong = [f"{axis}={size}" for axis, size in sizes.items() if size < 1 and size != -1]
+    if sizes["data"] == sizes["fsdp"] == -1 and sizes["tensor"] > 0:
+        widths = math.gcd(model.vision.hidden_size, model.text.hidden_size)
+        sizes["fsdp"] = math.gcd(num_devices // slices // sizes["tensor"] or 1, widths)
+    free = [axis for axis, size in sizes.items() if size == -1]
     if wrong or len(free) > 1:
         raise ConfigError(
-            f"config.mesh needs positive sizes and at most one -1, got {_show(sizes)}"
+            f"config.mesh needs positive sizes and at most one -1 (or data and fsdp), got "
+            f"{_show({axis: getattr(config, axis) for axis in AXES})}"
         )
     used = math.prod(size for size in sizes.values() if size != -1)
     if free and num_devices % used == 0:
@@ -35,17 +42,31 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
             f"config.mesh {_show(sizes)} does not fill {num_devices} devices: the sizes must "
             f"multiply to {num_devices} (-1 for one of them takes what is left)"
         )
+    if sizes["data"] % slices:
+        raise ConfigError(
+            f"config.mesh.data={sizes['data']} is not a multiple of the {slices} slices: only "
+            f"copies of the model may lie in different slices"
+        )
     return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 
 def make_mesh(
     config: MeshConfig, model: ModelConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh over `devices` (default: all); the compiler places what the rules leave open."""
+    """The mesh over `devices` (default: all); the compiler places what the rules leave open.
+
+    Devices of several TPU slices are arranged so that only `data` crosses between slices.
+    """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = axis_sizes(config, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    sizes = axis_sizes(config, model, len(devices), slices)
     check_tensor(model, sizes[2])
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    inside = (sizes[0] // slices, *sizes[1:])
+    arranged = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    return Mesh(arranged, AXES, axis_types=types)
 
 
 def check_tensor(model: ModelConfig, tensor: int) -> None:

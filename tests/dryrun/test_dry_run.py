@@ -125,7 +125,7 @@ def test_a_dry_run_needs_a_topology():
 
 
 def test_a_tensor_size_that_cuts_heads_is_refused_with_those_that_do_not(dry, monkeypatch):
-    monkeypatch.setattr("cli_jax.parallel.mesh.axis_sizes", lambda config, devices: (1, 1, 3))
+    monkeypatch.setattr("cli_jax.parallel.mesh.axis_sizes", lambda *_: (1, 1, 3))
     with pytest.raises(ConfigError, match=r"sizes that do: \[1, 2, 4\]"):
         dry(train_tiny.experiment(), lambda e: 9)
 

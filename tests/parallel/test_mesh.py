@@ -22,7 +22,7 @@ def model(heads: int = 28, kv_heads: int = 4) -> ModelConfig:
     ],
 )
 def test_minus_one_takes_what_is_left(config, devices, expected):
-    assert axis_sizes(config, devices) == expected
+    assert axis_sizes(config, model(), devices) == expected
 
 
 @pytest.mark.parametrize(
@@ -30,15 +30,35 @@ def test_minus_one_takes_what_is_left(config, devices, expected):
     [
         (MeshConfig(data=3, fsdp=-1), 8, ["data=3", "8 devices"]),
         (MeshConfig(data=2, fsdp=2), 8, ["fsdp=2", "multiply to 8"]),
-        (MeshConfig(data=-1, fsdp=-1), 8, ["at most one -1"]),
+        (MeshConfig(data=1, fsdp=-1, tensor=-1), 8, ["at most one -1"]),
         (MeshConfig(data=0), 8, ["positive"]),
         (MeshConfig(data=-2), 8, ["positive"]),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(config, devices, words):
     with pytest.raises(ConfigError) as error:
-        axis_sizes(config, devices)
+        axis_sizes(config, model(), devices)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "slices", "expected"),
+    [
+        (MeshConfig(), 64, 1, (1, 64, 1)),
+        (MeshConfig(), 256, 1, (2, 128, 1)),  # 1152 is not divisible by 256
+        (MeshConfig(tensor=2), 256, 1, (1, 128, 2)),
+        (MeshConfig(), 96, 1, (3, 32, 1)),
+        (MeshConfig(), 512, 2, (4, 128, 1)),
+        (MeshConfig(), 16, 2, (2, 8, 1)),  # a slice holds the whole model
+    ],
+)
+def test_the_default_splits_every_weight(config, devices, slices, expected):
+    assert axis_sizes(config, model(), devices, slices) == expected
+
+
+def test_a_copy_of_the_model_must_lie_in_one_slice():
+    with pytest.raises(ConfigError, match="data=1 is not a multiple of the 2 slices"):
+        axis_sizes(MeshConfig(data=1, fsdp=16), model(), 16, 2)
 
 
 @pytest.mark.parametrize(
