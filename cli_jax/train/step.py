@@ -136,25 +136,28 @@ def _accumulate(
 def _reduce_once(setup: Setup, of_microbatch: Sums) -> Sums:
     """`_accumulate` where several copies of the model share the batch (mesh axis `data`).
 
-    Every copy adds up its own microbatches and they are reduced over the copies once. Left to
-    itself the compiler reduces every microbatch, over what may be the slow network.
+    Every copy adds up its own microbatches, along an axis of copies that `data` splits, and that
+    axis is summed once at the end. Left to itself the compiler would reduce every microbatch over
+    what may be the slow network.
     """
-    parts = setup.experiment.optimizer.accumulate
+    parts, copies = setup.experiment.optimizer.accumulate, setup.mesh.shape["data"]
     own = tuple(axis for axis in setup.rules.batch if axis != "data")
     rules = dataclasses.replace(setup.rules, batch=own)
 
-    def local(trainable: Params, frozen: Params, batch: Batch) -> Any:
-        with nn.logical_axis_rules(rules.pairs()):
-            total = _accumulate(of_microbatch, trainable, frozen, batch, parts, rules)
-        return jax.lax.psum(total, "data")
+    def of_copies(trainable: Params, frozen: Params, batch: Batch) -> Any:
+        def of_copy(batch: Batch) -> Any:
+            return _accumulate(of_microbatch, trainable, frozen, batch, parts, rules)
 
-    return jax.shard_map(
-        local,
-        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("data")),
-        out_specs=PartitionSpec(),
-        axis_names={"data"},
-        check_vma=False,  # the model's inner programs do not say over which axes they vary
-    )
+        def split_rows(x: jax.Array) -> jax.Array:
+            x = x.reshape(copies, x.shape[0] // copies, *x.shape[1:])
+            return jax.lax.with_sharding_constraint(x, PartitionSpec("data", own))
+
+        with nn.logical_axis_rules(rules.pairs()):
+            split_batch = {name: split_rows(x) for name, x in batch.items()}
+            each = jax.vmap(of_copy, spmd_axis_name="data")(split_batch)
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
+
+    return of_copies
 
 
 def _microbatches(batch: Batch, parts: int, rules: Rules) -> Batch:

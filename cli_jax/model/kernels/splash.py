@@ -42,15 +42,13 @@ def splash_attention(
         repeats = q_BxLxHxd.shape[2] // k_BxLxGxd.shape[2]
         k_BxLxGxd, v_BxLxGxd = (jnp.repeat(x, repeats, axis=2) for x in (k_BxLxGxd, v_BxLxGxd))
     local = functools.partial(_local, causal=causal, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return local(q_BxLxHxd, k_BxLxGxd, v_BxLxGxd, segment_ids_BxL)
     rows = nn.logical_to_mesh_axes(("batch", "length"))
     return jax.shard_map(
         local,
         in_specs=(by_query, by_query, by_query, rows),
         out_specs=by_query,
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,  # the kernel does not say over which axes its results vary
     )(q_BxLxHxd, k_BxLxGxd, v_BxLxGxd, segment_ids_BxL)
 
