@@ -1,43 +1,25 @@
 """A run that is stopped in any way and started again ends in the same bits as one that was not."""
 
+import functools
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import train_tiny
+from train_processes import run_child
 
 from cli_jax.train.checkpoint import FOLDER, Checkpoints, find_step, load_params
 from cli_jax.train.loop import to_device
 from cli_jax.train.state import flatten
 
-CHILD = Path(__file__).with_name("train_child.py")
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def child(tmp_path_factory):
     """Runs the child process; all of them share one compilation cache."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(ROOT),
-    }
-
-    def run(workdir, *arguments, devices=1):
-        command = [sys.executable, str(CHILD), str(workdir), *arguments]
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        return subprocess.run(
-            command, env=environment | {"XLA_FLAGS": flags}, capture_output=True, text=True
-        )
-
-    return run
+    return functools.partial(run_child, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

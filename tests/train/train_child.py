@@ -18,14 +18,19 @@ from cli_jax.train.step import lower_step
 
 
 class Eventful(train_tiny.Data):
-    """Sends this process a signal when it is asked for a given batch and no save is going on."""
+    """Sends this process a signal when it is asked for a given batch and no save is going on.
 
-    def __init__(self, experiment, folder: Path, events: dict[int, int]) -> None:
+    Or it never returns from batch `stall`.
+    """
+
+    def __init__(self, experiment, folder: Path, events: dict[int, int], stall: int | None) -> None:
         super().__init__(experiment)
-        self.folder, self.events = folder, events
+        self.folder, self.events, self.stall = folder, events, stall
 
     def __next__(self):
         batch = super().__next__()
+        while self.position == self.stall:
+            time.sleep(1)
         if self.position in self.events:
             while unfinished(self.folder):
                 time.sleep(0.001)
@@ -52,6 +57,7 @@ def main() -> None:
     parser.add_argument("--kill_at_batch", type=int)
     parser.add_argument("--terminate_at_batch", type=int)
     parser.add_argument("--kill_in_save", type=int)
+    parser.add_argument("--stall_at_batch", type=int)
     args = parser.parse_args()
     experiment, folder = train_tiny.experiment(**args.changes), Path(args.workdir)
     events = {args.kill_at_batch: signal.SIGKILL, args.terminate_at_batch: signal.SIGTERM}
@@ -59,7 +65,8 @@ def main() -> None:
         target, name = kill_during_save, f"{args.kill_in_save}."
         threading.Thread(target=target, args=(folder, name), daemon=True).start()
     loop.compile_step = lambda setup: lower_step(setup).compile(train_tiny.QUICK)
-    result = loop.train(experiment, args.workdir, Eventful(experiment, folder, events))
+    data = Eventful(experiment, folder, events, args.stall_at_batch)
+    result = loop.train(experiment, args.workdir, data)
     for path, leaf in flatten(result.state.params).items():
         print(path, tuple(leaf.sharding.spec), len(leaf.addressable_shards))
     print("complete" if result.complete else "interrupted", int(result.state.step))
