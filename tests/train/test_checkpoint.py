@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import train_tiny
 from jax.sharding import SingleDeviceSharding
+from train_damage import flip_a_bit, truncate
 
 from cli_jax.experiment import CheckpointConfig, ConfigError
 from cli_jax.train.checkpoint import (
@@ -149,24 +150,6 @@ def test_a_step_that_is_not_there_is_an_error_that_lists_the_others(tmp_path):
         load_params(tmp_path, 7)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*nowhere"):
         load_params(tmp_path / "nowhere")
-
-
-def array_files(folder, item="params"):
-    """The data files of an item, largest first."""
-    files = [path for path in (folder / item).rglob("d/*") if path.is_file()]
-    return sorted(files, key=lambda path: -path.stat().st_size)
-
-
-def flip_a_bit(folder):
-    path = array_files(folder)[0]
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def truncate(folder):
-    path = array_files(folder, "optimizer")[0]
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 DAMAGES = {

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from cli_jax.parallel import processes
+
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("train_child.py")
+
+
+LIMIT = 240  # seconds for a whole run; the others wait for a process that has died
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:
@@ -36,3 +42,37 @@ def run_child(
         capture_output=True,
         text=True,
     )
+
+
+def run_processes(
+    count: int, cache: Path, workdir: Path, *arguments: str, devices: int = 1
+) -> list[subprocess.CompletedProcess[str]]:
+    """`count` processes of one run, each with so many devices, to their end."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for index in range(count):
+        variables = {
+            processes.ADDRESS: f"localhost:{port}",
+            processes.COUNT: str(count),
+            processes.INDEX: str(index),
+        }
+        children.append(
+            subprocess.Popen(
+                child_command(workdir, *arguments),
+                env=environment(cache, devices) | variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        outputs = [child.communicate(timeout=LIMIT) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [
+        subprocess.CompletedProcess(child.args, child.returncode, *output)
+        for child, output in zip(children, outputs, strict=True)
+    ]
