@@ -267,9 +267,8 @@ def _verify(tree: Any, metadata: dict[str, Any]) -> None:
 
 
 def _steps(directory: epath.Path) -> list[int]:
-    if not directory.exists():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    """The complete checkpoints; on gs://, which cannot rename, one becomes so by a marker file."""
+    return sorted(ocp.path.step.checkpoint_steps(directory))
 
 
 def _handlers() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import train_tiny
 from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint._src.path import gcs_utils
 from train_damage import flip_a_bit, truncate
 
 from cli_jax.experiment import CheckpointConfig, ConfigError
@@ -200,6 +201,14 @@ def test_a_save_that_was_cut_off_is_never_picked(tmp_path):
     write(tmp_path, [2])
     assert not unfinished.exists()  # it is cleared away
     assert_equal(make_state(2), read(tmp_path)[0])
+
+
+def test_a_save_that_was_cut_off_on_an_object_store_is_never_picked(tmp_path, monkeypatch):
+    """Nothing is renamed there: a save is written in place, and a file marks it as complete."""
+    write(tmp_path, [1, 2])
+    (tmp_path / FOLDER / "2" / "commit_success.txt").unlink()
+    monkeypatch.setattr(gcs_utils, "is_gcs_path", lambda path: True)
+    assert find_step(tmp_path) == 1
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
