@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("train_child.py")
 
 
-LIMIT = 240  # seconds for a whole run; the others wait for a process that has died
+LIMIT = 480  # seconds for a whole run; the others wait for a process that has died
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:
