@@ -7,16 +7,21 @@ The config file is a Python file whose `get_config()` returns every setting; any
 changed on the command line as `--config.section.name=value`. A name that does not exist is refused.
 
 The workdir collects all that a run leaves: config.json, run.json (code revision and machine),
-checkpoints/, metrics.jsonl, TensorBoard events, and, when the config has an evaluation,
-results.json, predictions.jsonl and pictures. Running the same command again goes on from the newest
-checkpoint, exactly as if the run had not been stopped; to start afresh, use another workdir.
+checkpoints/, metrics.jsonl, goodput.jsonl, TensorBoard events, and, when the config has an
+evaluation, results.json, predictions.jsonl and pictures. Running the same command again goes on
+from the newest checkpoint, exactly as if the run had not been stopped; to start afresh, use another
+workdir.
 
 Before paying for chips, ask what the step needs there (no weights, data or accelerator needed):
 
     python train.py --config configs/ov7b_cli.py --dry_run --topology v5e:16x16
 
 SIGTERM, a preemption notice or Ctrl-C saves once and stops. Exit code: 0 when the run is done or
-was asked to stop and has saved; 1 with one line on stderr when something has to be changed first.
+was asked to stop and has saved; 1 with one line on stderr when something has to be changed first,
+or with the stacks of all threads when no update has finished for --config.log.stall_seconds.
+
+--config.log.profile=10:13 traces the updates 10, 11 and 12 into the workdir's profile/, for
+TensorBoard. goodput.json says where the time of the run went, restarts included.
 
 JAX settings come from the environment, e.g. JAX_PLATFORMS=cpu, or
 JAX_COMPILATION_CACHE_DIR=~/.cache/jax to compile a configuration only once.
@@ -27,11 +32,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cli_jax import experiment as experiment_lib
+from cli_jax.parallel import processes
 from cli_jax.parallel.memory import keep_freed_memory
 from cli_jax.train.errors import EXPECTED
 from cli_jax.train.run import run
@@ -43,7 +48,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that collects all th
 _DISTRIBUTED = flags.DEFINE_boolean(
     "distributed",
     False,
-    "Join the other processes of a TPU pod, SLURM job or Kubernetes job set before anything else; "
+    "Join the other processes of a TPU pod, SLURM job or Kubernetes job set, or those that "
+    "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name, before anything else; "
     "start the same command on every host.",
 )
 _DRY_RUN = flags.DEFINE_boolean(
@@ -96,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
         if _WORKDIR.value is None:
             raise app.UsageError("--workdir is required: the folder that collects all")
         if _DISTRIBUTED.value:
-            jax.distributed.initialize()
+            processes.join()
         run(experiment, _WORKDIR.value)
     except EXPECTED as error:
         sys.exit(f"error: {error}")

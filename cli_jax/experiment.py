@@ -106,6 +106,9 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     every: int = 10  # steps between metric lines
+    profile: str = ""  # updates to trace, "10:13" = 10, 11 and 12, into <workdir>/profile
+    # Seconds without a finished update after which the run ends with its stacks; 0 = never.
+    stall_seconds: float = 1800.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,7 @@ class Checkpoints:
 
     def _restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         metadata = self._read(step, metadata=ocp.args.JsonRestore())["metadata"]
-        resume.check(metadata, state, self.directory / str(step))
+        resume.check(metadata, state, data, self.directory / str(step))
         restored = self._read(
             step,
             params=ocp.args.StandardRestore(state.params),
@@ -140,7 +140,10 @@ class Checkpoints:
         optimizer = restored["optimizer"]
         found = TrainState(optimizer["step"], restored["params"], optimizer["state"])
         _verify(found, metadata)
-        self._read(step, data=grain.checkpoint.CheckpointRestore(data))
+        if metadata["processes"] == jax.process_count():
+            self._read(step, data=grain.checkpoint.CheckpointRestore(data))
+        else:
+            resume.set_shared_state(data, self.directory / str(step), metadata["processes"])
         return found
 
     def describe_latest(self) -> str:
@@ -264,9 +267,8 @@ def _verify(tree: Any, metadata: dict[str, Any]) -> None:
 
 
 def _steps(directory: epath.Path) -> list[int]:
-    if not directory.exists():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    """The complete checkpoints; on gs://, which cannot rename, one becomes so by a marker file."""
+    return sorted(ocp.path.step.checkpoint_steps(directory))
 
 
 def _handlers() -> dict[str, Any]:

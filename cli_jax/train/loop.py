@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +18,19 @@ import numpy as np
 
 from cli_jax.experiment import ConfigError, Experiment
 from cli_jax.train.checkpoint import Checkpoints
+from cli_jax.train.goodput import Goodput
 from cli_jax.train.initial import init_state, load_initial
 from cli_jax.train.interrupt import Interrupt
 from cli_jax.train.metrics import MetricsLog
+from cli_jax.train.profile import Profile
 from cli_jax.train.report import parameter_table
 from cli_jax.train.setup import Setup, make_setup
 from cli_jax.train.state import TrainState, flatten
 from cli_jax.train.step import compile_step
+from cli_jax.train.watchdog import Watchdog
 from cli_jax.train.workdir import describe, git_revision, prepare
+
+Finished = Callable[[int, dict[str, float]], None]  # is told the number and metrics of an update
 
 
 class TrainingError(RuntimeError):
@@ -46,8 +52,10 @@ def train(experiment: Experiment, workdir: str, data: Any) -> Result:
     `set_state`). Raises `TrainingError` on a loss that is not finite.
     """
     folder, revision = prepare(workdir), git_revision()
+    total, settings = experiment.total_steps, experiment.log
+    profile = Profile(folder, settings.profile, total)
+    goodput = Goodput(folder, settings.every)
     setup = make_setup(experiment)
-    total = experiment.total_steps
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         checkpoints = Checkpoints(folder, experiment.checkpoint)
@@ -57,26 +65,37 @@ def train(experiment: Experiment, workdir: str, data: Any) -> Result:
         first = step = saved = int(state.step)
         if first >= total:
             return Result(setup, state, complete=True)
-        update = _compiled(setup)
-        log = MetricsLog(folder, first, total, experiment.log.every)
+        with goodput.spent("compile"):
+            update = _compiled(setup)
+        log = MetricsLog(folder, first, total, settings.every)
         stack.callback(log.close)
+        stack.callback(profile.close)
+        goodput.begin(first)
+        watchdog = stack.enter_context(Watchdog(settings.stall_seconds, first))
+        finished = (log.done, goodput.done, profile.done, watchdog.done)
         pending: tuple[int, Any] | None = None
         while step < total and not interrupt.requested(step):
-            batch = to_device(setup, next(data))
-            state, metrics = update(state, batch)
+            with goodput.spent("data"):
+                rows = next(data)
             step += 1
+            with profile.update(step):
+                state, metrics = update(state, to_device(setup, rows))
             if pending:
-                _finish(*pending, log, checkpoints)
+                _finish(*pending, checkpoints, finished)
             pending = (step, metrics)
             if step % experiment.checkpoint.every == 0 or step == total:
-                _finish(*pending, log, checkpoints)
+                _finish(*pending, checkpoints, finished)
                 pending = None
-                saved = checkpoints.save(state, data, experiment, revision)
+                with watchdog.paused(), goodput.spent("save"):
+                    saved = checkpoints.save(state, data, experiment, revision)
+                goodput.record(step)
         if pending:
-            _finish(*pending, log, checkpoints)
-        if step > saved:
-            checkpoints.save(state, data, experiment, revision)
-        checkpoints.wait()
+            _finish(*pending, checkpoints, finished)
+        with watchdog.paused(), goodput.spent("save"):
+            if step > saved:
+                checkpoints.save(state, data, experiment, revision)
+            checkpoints.wait()
+    say(goodput.finish(step))
     return Result(setup, state, complete=step == total)
 
 
@@ -128,8 +147,10 @@ def _compiled(setup: Setup) -> Any:
     return update
 
 
-def _finish(step: int, metrics: Any, log: MetricsLog, checkpoints: Checkpoints) -> None:
-    """Waits for an update, logs it, and stops the run if it has no finite loss and gradient."""
+def _finish(
+    step: int, metrics: Any, checkpoints: Checkpoints, finished: tuple[Finished, ...]
+) -> None:
+    """Waits for an update, stops the run if its loss or gradient is not finite, and tells of it."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     bad = [
         f"{name} is {values[name]}"
@@ -142,4 +163,5 @@ def _finish(step: int, metrics: Any, log: MetricsLog, checkpoints: Checkpoints) 
             f"{' and '.join(bad)} at step {step}: stopped. {checkpoints.describe_latest()}; a "
             f"lower learning rate, clipping or float32 may help"
         )
-    log.done(step, values)
+    for done in finished:
+        done(step, values)

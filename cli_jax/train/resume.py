@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from cli_jax.experiment import ConfigError
 from cli_jax.train.state import leaf_paths
@@ -29,12 +31,13 @@ def describe(state: Any, checksums: dict[str, int]) -> dict[str, dict[str, Any]]
     }
 
 
-def check(metadata: dict[str, Any], state: Any, where: os.PathLike) -> None:
+def check(metadata: dict[str, Any], state: Any, data: Any, where: os.PathLike) -> None:
     """Raises `ChangedRunError` unless the checkpoint's arrays are those of the state.
 
     Learning rates, logging, evaluation, the mesh and the length of the run may change; shapes and
     the choice of trained parameters may not. The order of the data is guarded by the data's own
-    state, of which there is one per process.
+    state, of which there is one per process; the number of processes may change if `data` says
+    that all of them have the same (`data.shared_state` is true).
     """
     problems = _array_problems(metadata["arrays"], state)
     if problems:
@@ -43,11 +46,16 @@ def check(metadata: dict[str, Any], state: Any, where: os.PathLike) -> None:
             f"the config does not fit the checkpoint {os.fspath(where)}:\n  {shown}\n{_REMEDY}"
         )
     before, now = metadata["processes"], jax.process_count()
-    if before != now:
+    if before != now and not getattr(data, "shared_state", False):
         raise ChangedRunError(
             f"{os.fspath(where)} was written by {before} processes and there are {now}, which "
             f"would change the order of the data. {_REMEDY}"
         )
+
+
+def set_shared_state(data: Any, folder: epath.Path, processes: int) -> None:
+    """Sets `data` to the state that each of so many processes has written into a checkpoint."""
+    data.set_state(json.loads((folder / "data" / f"process_0-of-{processes}.json").read_text()))
 
 
 def _array_problems(saved: dict[str, dict[str, Any]], state: Any) -> list[str]:

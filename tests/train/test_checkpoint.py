@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import train_tiny
 from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint._src.path import gcs_utils
+from train_damage import flip_a_bit, truncate
 
 from cli_jax.experiment import CheckpointConfig, ConfigError
 from cli_jax.train.checkpoint import (
@@ -151,24 +153,6 @@ def test_a_step_that_is_not_there_is_an_error_that_lists_the_others(tmp_path):
         load_params(tmp_path / "nowhere")
 
 
-def array_files(folder, item="params"):
-    """The data files of an item, largest first."""
-    files = [path for path in (folder / item).rglob("d/*") if path.is_file()]
-    return sorted(files, key=lambda path: -path.stat().st_size)
-
-
-def flip_a_bit(folder):
-    path = array_files(folder)[0]
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def truncate(folder):
-    path = array_files(folder, "optimizer")[0]
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 DAMAGES = {
     "a flipped bit": flip_a_bit,
     "a truncated file": truncate,
@@ -217,6 +201,14 @@ def test_a_save_that_was_cut_off_is_never_picked(tmp_path):
     write(tmp_path, [2])
     assert not unfinished.exists()  # it is cleared away
     assert_equal(make_state(2), read(tmp_path)[0])
+
+
+def test_a_save_that_was_cut_off_on_an_object_store_is_never_picked(tmp_path, monkeypatch):
+    """Nothing is renamed there: a save is written in place, and a file marks it as complete."""
+    write(tmp_path, [1, 2])
+    (tmp_path / FOLDER / "2" / "commit_success.txt").unlink()
+    monkeypatch.setattr(gcs_utils, "is_gcs_path", lambda path: True)
+    assert find_step(tmp_path) == 1
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):

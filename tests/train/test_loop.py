@@ -12,33 +12,10 @@ import pytest
 import train_tiny
 
 from cli_jax.experiment import LogConfig
-from cli_jax.train import loop
 from cli_jax.train.checkpoint import FOLDER, CheckpointError, find_step, load_params
 from cli_jax.train.initial import load_initial
-from cli_jax.train.loop import TrainingError, train
+from cli_jax.train.loop import TrainingError
 from cli_jax.train.state import flatten, unflatten
-
-
-@pytest.fixture
-def go(setup, update, initial, monkeypatch):
-    """Runs the loop with the session's executables; `around(step, state)` may change a state."""
-
-    def run(workdir, *, around=lambda step, state: state, data=None, **changes):
-        experiment = dataclasses.replace(setup.experiment, **changes)
-        mine = dataclasses.replace(setup, experiment=experiment)
-        calls = []
-
-        def step(state, batch):
-            calls.append(int(state.step) + 1)
-            return update(around(calls[-1], state), batch)
-
-        copied = jax.tree.map(jnp.copy, initial)
-        monkeypatch.setattr(loop, "make_setup", lambda _: mine)
-        monkeypatch.setattr(loop, "compile_step", lambda _: step)
-        monkeypatch.setattr(loop, "init_state", lambda *_: copied)
-        return train(experiment, str(workdir), data or train_tiny.Data(experiment)), calls
-
-    return run
 
 
 def logged(workdir):

@@ -1,43 +1,26 @@
 """A run that is stopped in any way and started again ends in the same bits as one that was not."""
 
+import functools
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import train_tiny
+from train_damage import arrays
+from train_processes import run_child
 
 from cli_jax.train.checkpoint import FOLDER, Checkpoints, find_step, load_params
 from cli_jax.train.loop import to_device
 from cli_jax.train.state import flatten
 
-CHILD = Path(__file__).with_name("train_child.py")
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def child(tmp_path_factory):
     """Runs the child process; all of them share one compilation cache."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(ROOT),
-    }
-
-    def run(workdir, *arguments, devices=1):
-        command = [sys.executable, str(CHILD), str(workdir), *arguments]
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        return subprocess.run(
-            command, env=environment | {"XLA_FLAGS": flags}, capture_output=True, text=True
-        )
-
-    return run
+    return functools.partial(run_child, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +40,6 @@ def lines(workdir):
     """The logged metrics without the speeds."""
     logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if "per_second" not in k} for line in logged]
-
-
-def arrays(workdir):
-    """Shape, type and checksum of every array of the last checkpoint."""
-    text = (workdir / FOLDER / "7" / "metadata" / "metadata").read_text()
-    return json.loads(text)["arrays"]
 
 
 def test_the_workdir_says_what_was_run(uninterrupted):
@@ -99,8 +76,9 @@ def test_a_run_stopped_in_every_way_ends_in_the_same_bits(child, uninterrupted, 
     assert done.returncode == 0, done.stderr
 
     assert find_step(tmp_path) == find_step(uninterrupted) == 7
-    assert arrays(tmp_path) == arrays(uninterrupted)
-    assert sum("opt_state" in path for path in arrays(tmp_path)) > 50
+    saved = arrays(tmp_path / FOLDER / "7")
+    assert saved == arrays(uninterrupted / FOLDER / "7")
+    assert sum("opt_state" in path for path in saved) > 50
     pair = (load_params(tmp_path), load_params(uninterrupted))
     for x, y in zip(*map(jax.tree.leaves, pair), strict=True):
         assert x.tobytes() == y.tobytes()

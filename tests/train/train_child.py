@@ -10,26 +10,34 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import train_tiny
 
+from cli_jax.parallel import processes
 from cli_jax.train import loop
 from cli_jax.train.state import flatten
 from cli_jax.train.step import lower_step
 
 
 class Eventful(train_tiny.Data):
-    """Sends this process a signal when it is asked for a given batch and no save is going on."""
+    """Something happens when it is asked for given batches, and every batch takes a while.
 
-    def __init__(self, experiment, folder: Path, events: dict[int, int]) -> None:
+    `signals`: this process gets a signal, when no save is going on; `stall`: nothing comes back.
+    """
+
+    def __init__(self, experiment, folder: Path, signals, stall: int | None, slow: float) -> None:
         super().__init__(experiment)
-        self.folder, self.events = folder, events
+        self.folder, self.signals, self.stall, self.slow = folder, signals, stall, slow
 
     def __next__(self):
         batch = super().__next__()
-        if self.position in self.events:
+        time.sleep(self.slow)
+        while self.position == self.stall:
+            time.sleep(1)
+        if self.position in self.signals:
             while unfinished(self.folder):
                 time.sleep(0.001)
-            os.kill(os.getpid(), self.events[self.position])
+            os.kill(os.getpid(), self.signals[self.position])
         return batch
 
 
@@ -52,14 +60,22 @@ def main() -> None:
     parser.add_argument("--kill_at_batch", type=int)
     parser.add_argument("--terminate_at_batch", type=int)
     parser.add_argument("--kill_in_save", type=int)
+    parser.add_argument("--stall_at_batch", type=int)
+    parser.add_argument("--slow", type=float, default=0.0, help="seconds per batch")
+    parser.add_argument("--process", type=int, default=0, help="the one that gets the signal")
     args = parser.parse_args()
+    if processes.COUNT in os.environ:
+        processes.join()
     experiment, folder = train_tiny.experiment(**args.changes), Path(args.workdir)
-    events = {args.kill_at_batch: signal.SIGKILL, args.terminate_at_batch: signal.SIGTERM}
+    signals = {args.kill_at_batch: signal.SIGKILL, args.terminate_at_batch: signal.SIGTERM}
+    if jax.process_index() != args.process:
+        signals.clear()
     if args.kill_in_save:
         target, name = kill_during_save, f"{args.kill_in_save}."
         threading.Thread(target=target, args=(folder, name), daemon=True).start()
     loop.compile_step = lambda setup: lower_step(setup).compile(train_tiny.QUICK)
-    result = loop.train(experiment, args.workdir, Eventful(experiment, folder, events))
+    data = Eventful(experiment, folder, signals, args.stall_at_batch, args.slow)
+    result = loop.train(experiment, args.workdir, data)
     for path, leaf in flatten(result.state.params).items():
         print(path, tuple(leaf.sharding.spec), len(leaf.addressable_shards))
     print("complete" if result.complete else "interrupted", int(result.state.step))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from cli_jax import batch as batch_lib
 from cli_jax.batch import IGNORE, Batch
 from cli_jax.experiment import Experiment, from_dict
+from cli_jax.train.loop import rows_per_process
 
 VOCAB = 61
 
@@ -108,7 +110,9 @@ def make_batch(experiment: Experiment, seed: int, rows: int | None = None) -> Ba
 
 
 class Data(grain.DatasetIterator):
-    """Batch i is made from seed i; the position is the whole state."""
+    """Batch i is made from seed i; the position is the whole state, on any number of processes."""
+
+    shared_state = True
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__()
@@ -116,7 +120,10 @@ class Data(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         self.position += 1
-        return make_batch(self.experiment, self.position)
+        batch = make_batch(self.experiment, self.position)
+        rows = rows_per_process(self.experiment)
+        mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+        return {name: value[mine] for name, value in batch.items()}
 
     def get_state(self) -> dict[str, Any]:
         return {"position": self.position}
