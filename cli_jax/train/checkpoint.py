@@ -104,7 +104,8 @@ class Checkpoints:
 
         `state` holds `jax.ShapeDtypeStruct` with shardings, of any mesh. A damaged checkpoint is
         reported and moved aside, and the one before it is used. Raises `ConfigError`
-        if the config asks for another model, optimizer or order of the data.
+        if the config asks for another model, optimizer or order of the data. Data that says
+        `any_process_count` goes on from a checkpoint of another number of processes, too.
         """
         steps = sorted(_steps(self.directory), reverse=True)
         damaged: dict[int, str] = {}
@@ -131,7 +132,8 @@ class Checkpoints:
 
     def _restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         metadata = self._read(step, metadata=ocp.args.JsonRestore())["metadata"]
-        resume.check(metadata, state, self.directory / str(step))
+        elastic = getattr(data, "any_process_count", False)
+        resume.check(metadata, state, self.directory / str(step), any_process_count=elastic)
         restored = self._read(
             step,
             params=ocp.args.StandardRestore(state.params),
@@ -140,7 +142,11 @@ class Checkpoints:
         optimizer = restored["optimizer"]
         found = TrainState(optimizer["step"], restored["params"], optimizer["state"])
         _verify(found, metadata)
-        self._read(step, data=grain.checkpoint.CheckpointRestore(data))
+        if metadata["processes"] == jax.process_count():
+            self._read(step, data=grain.checkpoint.CheckpointRestore(data))
+        else:  # the data takes the state of any process of any number
+            name = f"process_0-of-{metadata['processes']}.json"
+            data.set_state(json.loads((self.directory / str(step) / "data" / name).read_text()))
         return found
 
     def describe_latest(self) -> str:

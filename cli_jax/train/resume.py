@@ -29,12 +29,14 @@ def describe(state: Any, checksums: dict[str, int]) -> dict[str, dict[str, Any]]
     }
 
 
-def check(metadata: dict[str, Any], state: Any, where: os.PathLike) -> None:
+def check(
+    metadata: dict[str, Any], state: Any, where: os.PathLike, *, any_process_count: bool = False
+) -> None:
     """Raises `ChangedRunError` unless the checkpoint's arrays are those of the state.
 
     Learning rates, logging, evaluation, the mesh and the length of the run may change; shapes and
     the choice of trained parameters may not. The order of the data is guarded by the data's own
-    state, of which there is one per process.
+    state, of which there is one per process; `any_process_count`: any one of them will do.
     """
     problems = _array_problems(metadata["arrays"], state)
     if problems:
@@ -43,10 +45,11 @@ def check(metadata: dict[str, Any], state: Any, where: os.PathLike) -> None:
             f"the config does not fit the checkpoint {os.fspath(where)}:\n  {shown}\n{_REMEDY}"
         )
     before, now = metadata["processes"], jax.process_count()
-    if before != now:
+    if before != now and not any_process_count:
         raise ChangedRunError(
             f"{os.fspath(where)} was written by {before} processes and there are {now}, which "
-            f"would change the order of the data. {_REMEDY}"
+            f"would change the order of data that is packed online: data packed offline "
+            f"(config.data.bins) keeps its order. {_REMEDY}"
         )
 
 
