@@ -18,7 +18,7 @@ from cli_jax.data.collate import Extent, Sizes
 from cli_jax.data.ledger import Drop, Ledger, Tally
 from cli_jax.data.measure import Measurer, measure_rows
 from cli_jax.data.sample import SampleSpec
-from cli_jax.data.sources import DataError, open_sources
+from cli_jax.data.sources import open_sources
 from cli_jax.experiment import DataConfig
 from cli_jax.text.tokenizer import Tokenizer
 
@@ -51,8 +51,6 @@ def make_bins(
         rows.append(np.concatenate([each[0] for each in found]))
         extents.append(np.concatenate([each[1] for each in found]))
         drops += left_out
-        if not len(rows[-1]):
-            raise DataError(f"{names[i]}: none of its rows can be used, e.g. {left_out[0].reason}")
 
     copies = _epoch([len(each) for each in rows], [s.weight for s in data.train], seed)
     taken = np.concatenate([each[at] for each, at in zip(extents, copies, strict=True)])

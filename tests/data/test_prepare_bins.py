@@ -173,8 +173,8 @@ def test_unusable_data_stops_it_and_leaves_the_old_file(data, tmp_path):
         picture.unlink()
     with pytest.raises(DataError, match=r"more than data\.max_bad_share = 0\.01"):
         bin_up(data, tmp_path / "bins.npz")
-    long = small.config(data.train[0], row_length=20)
-    with pytest.raises(DataError, match="can be used"):
+    long = small.config(data.train[0], row_length=20, max_bad_share=1.0)
+    with pytest.raises(DataError, match="none of the first 12 rows drawn can be used"):
         bin_up(long, tmp_path / "bins.npz")
     with pytest.raises(ConfigError, match=r"data\.pack=False has no meaning for bins"):
         bin_up(dataclasses.replace(data, pack=False), tmp_path / "bins.npz")
