@@ -67,6 +67,7 @@ def settings_of(
     """
     settings: dict[str, Any] = {
         "row": list(Sizes.from_config(data, vision, rows=1).row),
+        "data.pack": data.pack,
         "data.template": data.template,
         "data.turns": data.turns,
         "tokenizer": tokenizer.fingerprint,
@@ -133,7 +134,6 @@ def load(path: str | Path) -> Bins:
 
 def load_for(data: DataConfig, settings: Mapping[str, Any]) -> Bins:
     """The bins `data.bins`; ConfigError, naming what differs, unless made for `settings`."""
-    check_packed(data)
     bins = load(data.bins)
     different = [
         f"{name} was {bins.settings.get(name)!r} and is {settings.get(name)!r}"
@@ -146,9 +146,3 @@ def load_for(data: DataConfig, settings: Mapping[str, Any]) -> Bins:
             f"{'; '.join(different)}. Make it again with `{COMMAND}` or restore the old values"
         )
     return bins
-
-
-def check_packed(data: DataConfig) -> None:
-    """Raises ConfigError if the config wants one sample per row."""
-    if not data.pack:
-        raise ConfigError("data.pack=False has no meaning for bins: set it, or empty data.bins")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cli_jax.config import ImageConfig, VisionConfig
 from cli_jax.data.best_fit import pack
-from cli_jax.data.bins import Bins, check_packed, save, settings_of
+from cli_jax.data.bins import Bins, save, settings_of
 from cli_jax.data.collate import Extent, Sizes
 from cli_jax.data.ledger import Drop, Ledger, Tally
 from cli_jax.data.measure import Measurer, measure_rows
@@ -38,7 +38,6 @@ def make_bins(
     Raises ConfigError or DataError for unusable settings or files, and DataError as training would
     when too many rows cannot be used.
     """
-    check_packed(data)
     files, ranges, roots = open_sources(data)
     sizes = Sizes.from_config(data, vision, rows=1)
     spec = SampleSpec.from_config(data, image, vision, tokenizer)
@@ -56,8 +55,11 @@ def make_bins(
     taken = np.concatenate([each[at] for each, at in zip(extents, copies, strict=True)])
     source = np.repeat(np.arange(len(copies)), [len(at) for at in copies])
     row = np.concatenate([each[at] for each, at in zip(rows, copies, strict=True)])
-    with tqdm(total=len(row), desc="packing", unit=" samples", disable=not progress) as bar:
-        offsets, order = pack(taken, sizes.row, seed, bar.update)
+    if data.pack:
+        with tqdm(total=len(row), desc="packing", unit=" samples", disable=not progress) as bar:
+            offsets, order = pack(taken, sizes.row, seed, bar.update)
+    else:
+        offsets, order = np.arange(len(row) + 1), np.arange(len(row))
     settings = settings_of(data, image, vision, tokenizer, files, ranges)
     notes = _notes(taken, offsets, sizes.row, data) | {
         "files": names,

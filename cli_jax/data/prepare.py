@@ -4,9 +4,10 @@
         --config.data.root=/data/llava --out /data/llava/bins.npz
 
 Reads every row once and of every picture the header, in `config.data.workers` processes, and packs
-the rows by best fit. Rows that cannot be used are left out and listed in BINS.left_out.jsonl. The
-file belongs to this data, row size, template, tokenizer and image settings: training refuses it
-under others. Prints how full the rows are and how many samples an update has.
+the rows by best fit; with data.pack=False each has a bin of its own. Rows that cannot be used are
+left out and listed in BINS.left_out.jsonl. The file belongs to this data, row size, template,
+tokenizer and image settings: training refuses it under others. Prints how full the rows are and how
+many samples an update has.
 
 Exit code: 0 when the file is written; 1 with one line on stderr when something has to be changed
 first.

@@ -20,7 +20,7 @@ from cli_jax.data.bins import load
 from cli_jax.data.collate import Extent
 from cli_jax.data.offline import left_out_path
 from cli_jax.data.sample import measure
-from cli_jax.experiment import ConfigError, SourceConfig
+from cli_jax.experiment import SourceConfig
 from cli_jax.image.errors import ImageError
 
 TOKENIZER = small.tokenizer()
@@ -147,6 +147,25 @@ def test_the_file_holds_every_usable_row_once_and_lists_the_others(data, tmp_pat
         assert (np.sum([extents[row] for _, row in bin], 0) <= (256, 48, 8, 4)).all()
 
 
+def test_the_samples_of_a_bin_fit_it_and_fill_it(tmp_path):
+    lengths = np.random.default_rng(0).integers(1, 150, 80)
+    rows = [small.row(i, "Q" * int(n)) for i, n in enumerate(lengths)]
+    data, notes = bin_up(small.config(small.write(tmp_path, rows)), tmp_path / "bins.npz")
+    tokens = [make_sample(row, str(tmp_path), SPEC).extent.tokens for row in rows]
+    used = [sum(tokens[row] for _, row in bin) for bin in members(data.bins)]
+    assert max(used) <= 256
+    assert np.mean(used) / 256 == pytest.approx(notes["fill"]["tokens"])
+    assert notes["fill"]["tokens"] > 0.95
+
+
+def test_without_packing_every_sample_has_a_bin_of_its_own(data, tmp_path):
+    data, notes = bin_up(dataclasses.replace(data, pack=False), tmp_path / "bins.npz")
+    assert sorted(members(data.bins)) == [[(0, i)] for i in range(12)]
+    assert notes["samples_per_bin"] == 1
+    for batch in binned.take(binned.loaders(data), 4):
+        assert (batch["segment_ids"].max(1) == 1).all()
+
+
 def test_processes_measure_the_same(data, tmp_path, monkeypatch):
     alone, _ = bin_up(data, tmp_path / "a.npz")
     monkeypatch.setattr("cli_jax.data.measure.CHUNK", 5)
@@ -157,13 +176,13 @@ def test_processes_measure_the_same(data, tmp_path, monkeypatch):
 
 def test_weights_decide_how_often_a_source_is_gone_through(tmp_path):
     paths = [small.write(tmp_path, small.mixed_rows(tmp_path, 6, s), f"{s}.json") for s in (0, 50)]
-    weights = [SourceConfig(paths[0], weight=1.0, start=2), SourceConfig(paths[1], weight=2.5)]
+    weights = [SourceConfig(paths[0], weight=1.0, start=2), SourceConfig(paths[1], weight=3.5)]
     data, notes = bin_up(small.config(*weights), tmp_path / "bins.npz")
     found = Counter(pair for bin in members(data.bins) for pair in bin)
     assert {row for source, row in found if source == 0} == {2, 3, 4, 5}
     assert {found[0, row] for row in range(2, 6)} == {1}
-    assert sorted(found[1, row] for row in range(6)) == [1, 1, 2, 2, 2, 2]  # 10 = 2.5 x 4
-    assert notes["samples"] == 14
+    assert sorted(found[1, row] for row in range(6)) == [2, 2, 2, 2, 3, 3]  # 14 = 3.5 x 4
+    assert notes["samples"] == 18
 
 
 def test_unusable_data_stops_it_and_leaves_the_old_file(data, tmp_path):
@@ -176,8 +195,6 @@ def test_unusable_data_stops_it_and_leaves_the_old_file(data, tmp_path):
     long = small.config(data.train[0], row_length=20, max_bad_share=1.0)
     with pytest.raises(DataError, match="none of the first 12 rows drawn can be used"):
         bin_up(long, tmp_path / "bins.npz")
-    with pytest.raises(ConfigError, match=r"data\.pack=False has no meaning for bins"):
-        bin_up(dataclasses.replace(data, pack=False), tmp_path / "bins.npz")
     assert (tmp_path / "bins.npz").read_bytes() == before
 
 
