@@ -36,6 +36,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cli_jax import experiment as experiment_lib
+from cli_jax.flag_parser import parse
 from cli_jax.parallel import processes
 from cli_jax.parallel.memory import keep_freed_memory
 from cli_jax.train.errors import EXPECTED
@@ -71,15 +72,6 @@ _DRY_RUN_JSON = flags.DEFINE_string("dry_run_json", "", "A file for the dry run'
 flags.mark_flag_as_required("config")
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """Parses the flags; a `--config.` name that does not exist is one line, not a traceback."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error.args[0]
-        sys.exit(f"error: unknown name in a --config flag: {' '.join(str(reason).split())}")
-
-
 def _quiet() -> None:
     """Leaves out what Orbax says of every file; what goes wrong in it arrives as an error here."""
     logging.set_verbosity(logging.WARNING)
@@ -109,4 +101,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)

@@ -37,7 +37,7 @@ class SourceConfig:
 class DataConfig:
     """From files to packed rows. Lengths are static: they are the shapes that get compiled."""
 
-    root: str = ""  # where relative paths of `train` and `eval` start; empty: see `locate`
+    root: str = ""  # where relative paths of `train`, `bins`, `eval` start; empty: see `locate`
     prepare: str = ""  # a data set of cli_jax/demo that is made in `root` if it is not there
     train: tuple[SourceConfig, ...] = ()
     tokenizer: str = ""  # a folder or a hub id
@@ -49,6 +49,7 @@ class DataConfig:
     tiles_per_row: int = 2  # M
     images_per_row: int = 4  # I
     pack: bool = True  # several samples per row
+    bins: str = ""  # which samples share a row, from cli_jax/data/prepare.py; empty: packed online
     turns: Literal["all", "one"] = "all"  # "one": a draw of a row trains on one random question
     augment: float = 0.0  # strength of random shifts and zoom, in [0, 1]; 0 = off
     jitter: float = 0.0  # strength of random changes of brightness, contrast and color
@@ -198,7 +199,7 @@ def locate(experiment: Experiment, workdir: str | Path) -> Experiment:
     )
     return dataclasses.replace(
         experiment,
-        data=dataclasses.replace(data, root=str(root), train=train),
+        data=dataclasses.replace(data, root=str(root), train=train, bins=at_root(data.bins)),
         eval=dataclasses.replace(
             evaluation,
             path=at_root(evaluation.path),

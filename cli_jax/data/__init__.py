@@ -1,4 +1,4 @@
-"""From LLaVA JSON to packed batches. No jax here; Only stream.py and pipeline.py import Grain."""
+"""From LLaVA JSON to packed batches. Without jax; only pipeline.py and *stream.py import Grain."""
 
 from cli_jax.data.collate import Sizes, collate
 from cli_jax.data.context import check_prompt_context

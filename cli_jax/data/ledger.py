@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 
 from cli_jax.data.collate import Sizes
-from cli_jax.data.sources import DataError
+from cli_jax.data.sample import TooLong
+from cli_jax.data.sources import DataError, RowError
+from cli_jax.image.errors import ImageError
+from cli_jax.text.conversation import ConversationError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,19 @@ class Drop:
     too_long: bool  # it is sound, but no row can hold it
     kind: str
     reason: str
+
+
+_KINDS = {RowError: "row", ConversationError: "conversation", ImageError: "image"}
+
+
+def drop_of(error: Exception, source: int, row: int, row_id: str) -> Drop | None:
+    """The drop of a row that raised `error`; None if that is no fault of the row."""
+    if isinstance(error, TooLong):
+        return Drop(source, row, row_id, True, error.dimension, str(error))
+    for kind, name in _KINDS.items():
+        if isinstance(error, kind):
+            return Drop(source, row, row_id, False, name, str(error))
+    return None
 
 
 @dataclasses.dataclass

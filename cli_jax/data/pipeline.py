@@ -7,7 +7,9 @@
     pack, batch  in workers, if any; each packs every workers-th sample of the shard
     ledger       in the main process
 
-Every draw is a function of (seed, index), so nothing random is carried along.
+With `data.bins` (made by cli_jax/data/prepare.py) bins of rows are shuffled instead, and nothing
+is left to pack (bin_stream.py). Every draw is a function of (seed, index), so nothing random is
+carried along.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import grain
@@ -24,11 +25,13 @@ from absl import flags
 
 from cli_jax.batch import Batch
 from cli_jax.config import ImageConfig, VisionConfig
+from cli_jax.data.bin_stream import BatchIterator, make_batches
+from cli_jax.data.bins import load_for, settings_of
 from cli_jax.data.collate import Sizes
 from cli_jax.data.ledger import Drop, Ledger, Tally, report
 from cli_jax.data.packing import OPEN_ROWS
 from cli_jax.data.sample import SampleSpec
-from cli_jax.data.sources import RowFile
+from cli_jax.data.sources import open_sources
 from cli_jax.data.stream import Draw, PackedBatches, RowIndices
 from cli_jax.experiment import ConfigError, DataConfig, SourceConfig
 from cli_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -43,14 +46,21 @@ _BATCHES_PER_WORKER = 2
 class Loader(grain.DatasetIterator):
     """An endless iterator of batches with an exact, JSON-able state.
 
-    The state holds the position, the rows that are being packed and the ledger. It belongs to one
-    process and one pipeline: `set_state` refuses one that was written under other settings, the
-    number of workers included, since that decides which samples share a row.
+    The state holds the position, the rows that are being packed and the ledger; `set_state` refuses
+    one that was written under other settings. Packed online, it belongs to one process and one
+    number of workers, since those decide which samples share a row. With bins the position is the
+    same on every process, and any number of processes and workers may go on from any one's state:
+    from another number of processes, all of them from process 0's, with its ledger.
     """
 
     def __init__(self, parent: grain.DatasetIterator, ledger: Ledger, settings: dict[str, Any]):
         super().__init__(parent)
         self._ledger, self._settings = ledger, settings
+
+    @property
+    def any_process_count(self) -> bool:
+        """Whether a state of one number of processes may be set on another."""
+        return bool(self._settings["data.bins"])
 
     def __next__(self) -> Batch:
         """The next batch; DataError when too many rows cannot be used, which ends the loader."""
@@ -90,11 +100,14 @@ class Loader(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken; ConfigError if it is of another pipeline."""
-        saved = state["settings"]
+        saved = {"data.bins": "", **state["settings"]}
+        names = list(self._settings)
+        if bool(saved["data.bins"]) != bool(self._settings["data.bins"]):
+            names = ["data.bins"]  # the other settings are of another kind
         different = [
-            f"{name} was {saved.get(name)!r} and is {value!r}"
-            for name, value in self._settings.items()
-            if saved.get(name) != value
+            f"{name} was {saved.get(name)!r} and is {self._settings[name]!r}"
+            for name in names
+            if saved.get(name) != self._settings[name]
         ]
         if different:
             raise ConfigError(
@@ -123,36 +136,39 @@ def make_loader(
     `data.tokenizer` unless given. Call `close()` on the loader when done. Raises ConfigError or
     DataError for unusable settings or files; iteration raises DataError (see Ledger).
     """
-    if not data.train:
-        raise ConfigError("data.train is empty: name at least one JSON or JSONL file")
     if rows_per_process < 1 or not 0 <= process_index < process_count:
         raise ConfigError(
             f"no rows for process {process_index} of {process_count}: rows_per_process = "
             f"{rows_per_process}; data.batch_size must be a multiple of the processes"
         )
-    files = [RowFile(source.path) for source in data.train]
-    ranges = [_range(source, len(file)) for source, file in zip(data.train, files, strict=True)]
-    roots = [source.image_root or str(Path(source.path).parent) for source in data.train]
+    files, ranges, roots = open_sources(data)
     sizes = Sizes.from_config(data, vision, rows_per_process)
-    spec = SampleSpec.from_config(data, image, vision, tokenizer or load_tokenizer(data.tokenizer))
+    tokenizer = tokenizer or load_tokenizer(data.tokenizer)
+    spec = SampleSpec.from_config(data, image, vision, tokenizer)
     draw = Draw(files, roots, spec, prompt_context)
+    if data.workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags, also outside absl.app
 
-    mixture = _mixture(data.train, ranges, seed)
-    drawn = mixture.random_map(draw, seed=_derive(seed, len(files)))
-    stream: grain.IterDataset = PackedBatches(
-        drawn[process_index::process_count].to_iter_dataset(_READ),
-        sizes,
-        len(files),
-        OPEN_ROWS if data.pack else 0,
-    )
-    if data.workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags, also outside absl.app
-        stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=data.workers, per_worker_buffer_size=_BATCHES_PER_WORKER
-            )
-        )
+    settings: dict[str, Any] = {"data.bins": "", "seed": seed}
+    process, seeds = (process_index, process_count), (_derive(seed, 0), _derive(seed, len(files)))
+    stream: grain.DatasetIterator
+    if data.bins:
+        bins = load_for(data, settings_of(data, image, vision, tokenizer, files, ranges))
+        batches = make_batches(bins, draw, sizes, process, seeds)
+        stream = BatchIterator(batches, data.workers)
+        settings |= {
+            "data.bins": bins.fingerprint,
+            "data.batch_size": rows_per_process * process_count,
+        }
+    else:
+        drawn = _mixture(data.train, ranges, seed).random_map(draw, seed=seeds[1])
+        stream = _packed_online(drawn[process_index::process_count], data, sizes)
+        settings |= {
+            "data.workers": data.workers,
+            "process": list(process),
+            "rows_per_process": rows_per_process,
+            "data.pack": data.pack,
+        }
     ledger = Ledger(
         [source.path for source in data.train],
         ranges,
@@ -160,12 +176,7 @@ def make_loader(
         max_bad_share=data.max_bad_share,
         strict=data.strict,
     )
-    settings = {
-        "data.workers": data.workers,
-        "seed": seed,
-        "process": [process_index, process_count],
-        "rows_per_process": rows_per_process,
-        "data.pack": data.pack,
+    settings |= {
         "row": list(sizes.row),
         "data.template": data.template,
         "data.labels": data.labels,
@@ -179,19 +190,22 @@ def make_loader(
         ],
         "model.image": json.loads(json.dumps(dataclasses.asdict(image))),
     }
-    return Loader(iter(stream), ledger, settings)
+    return Loader(stream, ledger, settings)
 
 
-def _range(source: SourceConfig, length: int) -> tuple[int, int]:
-    start, stop = source.start, source.stop or length
-    if not 0 <= start < stop <= length:
-        raise ConfigError(
-            f"{source.path} has {length} rows: start = {source.start}, stop = {source.stop} "
-            "select none of them or more than there are"
+def _packed_online(
+    drawn: grain.MapDataset, data: DataConfig, sizes: Sizes
+) -> grain.DatasetIterator:
+    stream: grain.IterDataset = PackedBatches(
+        drawn.to_iter_dataset(_READ), sizes, len(data.train), OPEN_ROWS if data.pack else 0
+    )
+    if data.workers:
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=data.workers, per_worker_buffer_size=_BATCHES_PER_WORKER
+            )
         )
-    if not source.weight > 0:
-        raise ConfigError(f"{source.path}: weight {source.weight} is not positive; remove it")
-    return start, stop
+    return iter(stream)
 
 
 def _mixture(sources: Sequence[SourceConfig], ranges: Sequence[tuple[int, int]], seed: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ from cli_jax.data.augment import NO_AUGMENTATION, Augmentation, augment
 from cli_jax.data.collate import Extent, Sizes
 from cli_jax.data.sources import RowError
 from cli_jax.experiment import DataConfig
-from cli_jax.image.anyres import READS, ImageLayout, layout
-from cli_jax.image.preprocess import make_tiles, open_image
-from cli_jax.text.conversation import before_last_answer, one_exchange
+from cli_jax.image.anyres import READS, ImageLayout, layout, layout_size
+from cli_jax.image.preprocess import image_size, make_tiles, open_image
+from cli_jax.text.conversation import before_last_answer, exchanges, one_exchange
 from cli_jax.text.encode import (
     IMAGE,
     Encoded,
@@ -123,6 +123,29 @@ def make_sample(
     return _assemble(row, encoded, images, spec, rng if spec.augmentation else None)
 
 
+def measure(row: Mapping[str, Any], root: str, spec: SampleSpec) -> Extent:
+    """What the training sample of a row will take, from the headers of its pictures alone.
+
+    With turns="one" it is the extent with the longest question, which no draw exceeds. Raises as
+    `make_sample` does, but for what is wrong with the pictures' contents.
+    """
+    paths, conversations = _image_paths(row), row.get("conversations")
+    choices = exchanges(conversations, len(paths)) if spec.one_question else [conversations]
+    ids = max(
+        len(
+            encode_conversation(
+                choice, spec.tokenizer, spec.template, spec.labels, num_images=len(paths)
+            ).ids
+        )
+        for choice in choices
+    )
+    _check_room("images", len(paths), spec.room.images)
+    sizes = [image_size(root, path, spec.image.max_pixels) for path in paths]
+    single = len(paths) == 1
+    taken = [layout_size(*size, spec.image, spec.vision, single=single) for size in sizes]
+    return _extent(ids, taken, spec.room)
+
+
 def make_prompt_sample(row: Mapping[str, Any], root: str, spec: SampleSpec) -> Sample:
     """The prompt of a row for generation: all turns before its last answer, pictures included.
 
@@ -158,6 +181,20 @@ def _open(paths: list[str], root: str, spec: SampleSpec) -> list[Image.Image]:
     return [open_image(root, path, spec.image.max_pixels) for path in paths]
 
 
+def _extent(ids: int, taken: Sequence[tuple[int, int]], room: Extent) -> Extent:
+    """The extent of encoded ids with pictures of so many (tiles, tokens); TooLong if no row can."""
+    visual = sum(tokens for _, tokens in taken)
+    extent = Extent(
+        tokens=ids - len(taken) + visual,
+        visual=visual,
+        tiles=sum(tiles for tiles, _ in taken),
+        images=len(taken),
+    )
+    for dimension, needed in extent._asdict().items():
+        _check_room(dimension, needed, getattr(room, dimension))
+    return extent
+
+
 def _check_room(dimension: str, needed: int, room: int) -> None:
     if needed > room:
         raise TooLong(dimension, needed, room)
@@ -172,11 +209,8 @@ def _assemble(
 ) -> Sample:
     single = len(images) == 1
     layouts = [layout(*image.size, spec.image, spec.vision, single=single) for image in images]
-    visual = sum(each.num_tokens for each in layouts)
-    tokens = len(encoded.ids) - len(images) + visual
-    tiles = sum(each.num_tiles for each in layouts)
-    for dimension, needed in (("tokens", tokens), ("visual", visual), ("tiles", tiles)):
-        _check_room(dimension, needed, getattr(spec.room, dimension))
+    taken = [(each.num_tiles, each.num_tokens) for each in layouts]
+    tokens = _extent(len(encoded.ids), taken, spec.room).tokens
 
     # Every id repeats once, a picture as often as it has tokens.
     slots = np.flatnonzero(encoded.ids == IMAGE)

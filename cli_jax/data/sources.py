@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from cli_jax.experiment import ConfigError, DataConfig, SourceConfig
+
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -77,6 +79,30 @@ class RowFile:
     def _broken(self, at: int, what: str) -> DataError:
         line = self._bytes[:at].count(b"\n") + 1
         return DataError(f"{self.path}, line {line} (byte {at}): not valid JSON: {what}")
+
+
+def open_sources(
+    data: DataConfig,
+) -> tuple[list[RowFile], list[tuple[int, int]], list[str]]:
+    """Of every file of `data.train`: the file, the (start, stop) of its rows, its image root."""
+    if not data.train:
+        raise ConfigError("data.train is empty: name at least one JSON or JSONL file")
+    files = [RowFile(source.path) for source in data.train]
+    ranges = [_range(source, len(file)) for source, file in zip(data.train, files, strict=True)]
+    roots = [source.image_root or str(Path(source.path).parent) for source in data.train]
+    return files, ranges, roots
+
+
+def _range(source: SourceConfig, length: int) -> tuple[int, int]:
+    start, stop = source.start, source.stop or length
+    if not 0 <= start < stop <= length:
+        raise ConfigError(
+            f"{source.path} has {length} rows: start = {source.start}, stop = {source.stop} "
+            "select none of them or more than there are"
+        )
+    if not source.weight > 0:
+        raise ConfigError(f"{source.path}: weight {source.weight} is not positive; remove it")
+    return start, stop
 
 
 def _index_lines(rows: RowFile) -> tuple[np.ndarray, np.ndarray]:

@@ -18,16 +18,12 @@ import numpy as np
 
 from cli_jax.data.collate import Sizes, collate
 from cli_jax.data.context import check_prompt_context
-from cli_jax.data.ledger import Drop, Tally
+from cli_jax.data.ledger import Drop, Tally, drop_of
 from cli_jax.data.packing import Keyed, Packer
-from cli_jax.data.sample import Sample, SampleSpec, TooLong, make_sample
-from cli_jax.data.sources import DataError, RowError, RowFile
-from cli_jax.image.errors import ImageError
-from cli_jax.text.conversation import ConversationError
+from cli_jax.data.sample import Sample, SampleSpec, make_sample
+from cli_jax.data.sources import DataError, RowFile
 
 FLUSH = 64  # drops after which a tally is sent without a batch, so that hopeless data is noticed
-
-_KINDS = {RowError: "row", ConversationError: "conversation", ImageError: "image"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +65,24 @@ class Draw(grain.transforms.RandomMap):
             row = self.files[source][index]
             row_id = str(row.get("id", ""))
             sample = make_sample(row, self.roots[source], self.spec, rng)
-        except TooLong as error:
-            drop = Drop(source, index, row_id, True, error.dimension, str(error))
-            return Drawn(source, None, drop)
-        except tuple(_KINDS) as error:
-            drop = Drop(source, index, row_id, False, _KINDS[type(error)], str(error))
-            return Drawn(source, None, drop)
         except Exception as error:
-            error.add_note(f"in row {index} (id {row_id!r}) of {self.files[source].path}")
-            raise
+            drop = drop_of(error, source, index, row_id)
+            if drop is None:
+                error.add_note(f"in row {index} (id {row_id!r}) of {self.files[source].path}")
+                raise
+            return Drawn(source, None, drop)
         if self.prompt_context:
             check_prompt_context(sample)
         return Drawn(source, sample, None)
+
+
+def add_used(tally: Tally, rows: Sequence[Sequence[Sample]]) -> None:
+    """Books what finished rows hold."""
+    tally.rows += len(rows)
+    for sample in itertools.chain.from_iterable(rows):
+        tally.tokens += sample.extent.tokens
+        tally.visual += sample.extent.visual
+        tally.tiles += sample.extent.tiles
 
 
 class PackedBatches(grain.IterDataset):
@@ -125,11 +127,7 @@ class PackedBatchesIterator(grain.DatasetIterator):
     def _collate(self) -> dict[str, Any]:
         rows = [[sample for _, sample in row] for row in self._finished]
         self._finished = []
-        self._tally.rows = len(rows)
-        for sample in itertools.chain.from_iterable(rows):
-            self._tally.tokens += sample.extent.tokens
-            self._tally.visual += sample.extent.visual
-            self._tally.tiles += sample.extent.tiles
+        add_used(self._tally, rows)
         return dict(collate(rows, self._sizes))
 
     def get_state(self) -> dict[str, Any]:

@@ -165,6 +165,38 @@ def _lerp(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([low, high], -1), np.stack([1.0 - part, part], -1)
 
 
+def layout_size(
+    width: int, height: int, image: ImageConfig, vision: VisionConfig, *, single: bool
+) -> tuple[int, int]:
+    """(tiles, tokens) of the picture's `layout`, which is not made; raises as it does."""
+    how = treatment(image, single=single)
+    if how.kind != "anyres":
+        return 1, vision.num_patches + _newlines(width, height, how)
+    (rows, columns), _, (out_rows, out_columns) = _high_resolution(
+        width, height, image, vision, how.max_tiles
+    )
+    return 1 + rows * columns, vision.num_patches + out_rows * (out_columns + 1)
+
+
+def _newlines(width: int, height: int, how: Treatment) -> int:
+    """Newlines of a picture that is one tile; ImageError if it is empty."""
+    if width < 1 or height < 1:
+        raise ImageError(f"the picture is empty: {width} x {height} pixels")
+    return 1 if how.kind == "pad_newline" else 0  # OneVision: one newline per picture
+
+
+def _high_resolution(
+    width: int, height: int, image: ImageConfig, vision: VisionConfig, max_tiles: int | None
+) -> tuple[tuple[int, int], tuple[slice, slice], tuple[int, int]]:
+    """Under `anyres`: the tile grid, the rows and columns of its patches in use, the token grid."""
+    grid = tile_grid(width, height, image, vision)
+    rows, columns = unpad(
+        width, height, grid[0] * vision.grid, grid[1] * vision.grid, image.rounding
+    )
+    unpadded = rows.stop - rows.start, columns.stop - columns.start
+    return grid, (rows, columns), token_grid(*unpadded, vision.num_patches, max_tiles)
+
+
 def layout(
     width: int, height: int, image: ImageConfig, vision: VisionConfig, *, single: bool
 ) -> ImageLayout:
@@ -180,9 +212,7 @@ def layout(
     base_weight = np.zeros((N, READS), np.float32)
     base_weight[:, 0] = 1.0
     if how.kind != "anyres":
-        if width < 1 or height < 1:
-            raise ImageError(f"the picture is empty: {width} x {height} pixels")
-        end = 1 if how.kind == "pad_newline" else 0  # OneVision: one newline per picture
+        end = _newlines(width, height, how)
         return ImageLayout(
             num_tiles=1,
             plan_index=np.pad(base_index, ((0, end), (0, 0))),
@@ -190,10 +220,9 @@ def layout(
             newline=np.arange(N + end) >= N,
         )
 
-    grid_rows, grid_columns = tile_grid(width, height, image, vision)
-    rows, columns = unpad(width, height, grid_rows * g, grid_columns * g, image.rounding)
+    grid, (rows, columns), out = _high_resolution(width, height, image, vision, how.max_tiles)
+    (grid_rows, grid_columns), (out_rows, out_columns) = grid, out
     unpadded = rows.stop - rows.start, columns.stop - columns.start
-    out_rows, out_columns = token_grid(*unpadded, N, how.max_tiles)
     y, y_weight = _lerp(unpadded[0], out_rows)
     x, x_weight = _lerp(unpadded[1], out_columns)
     y, x = y + rows.start, x + columns.start
@@ -214,9 +243,9 @@ def layout(
         plan_index=np.concatenate([base_index, index.reshape(-1, READS)]),
         plan_weight=np.concatenate([base_weight, weight.reshape(-1, READS)]),
         newline=np.concatenate([np.zeros(N, bool), newline.ravel()]),
-        grid=(grid_rows, grid_columns),
+        grid=grid,
         unpadded=unpadded,
-        out=(out_rows, out_columns),
+        out=out,
     )
 
 

@@ -6,8 +6,10 @@ theirs. Nothing here knows about tokens; the layout of the same picture is in `a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,22 @@ def open_image(root: str | os.PathLike[str], relpath: str, max_pixels: int) -> I
     Pillow's own limit of 2 * Image.MAX_IMAGE_PIXELS stays in force) or if it cannot be decoded
     completely.
     """
+    with _opened(root, relpath, max_pixels) as image:
+        return image.convert("RGB")
+
+
+def image_size(root: str | os.PathLike[str], relpath: str, max_pixels: int) -> tuple[int, int]:
+    """(width, height) of what `open_image` returns, from the file's header; no pixel is decoded.
+
+    Raises ImageError as `open_image` does, but for what is wrong behind the header.
+    """
+    with _opened(root, relpath, max_pixels) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(root: str | os.PathLike[str], relpath: str, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture with its header read and its size checked; what Pillow raises as ImageError."""
     path = _confine(Path(root), relpath)
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -41,7 +59,7 @@ def open_image(root: str | os.PathLike[str], relpath: str, max_pixels: int) -> I
                 raise ImageError(f"{width} x {height} pixels are more than max_pixels={max_pixels}")
             if width * height == 0:
                 raise ImageError(f"the picture is empty: {width} x {height} pixels")
-            return image.convert("RGB")
+            yield image
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them raise

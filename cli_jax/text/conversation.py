@@ -57,6 +57,12 @@ def one_exchange(conversations: Any, pictures: int, choose: Callable[[int], int]
     `choose(n)` picks one of n exchanges. Short answers to many questions about one picture can be
     copied from each other; trained one at a time they have to be read off the picture.
     """
+    found = exchanges(conversations, pictures)
+    return found[choose(len(found))] if len(found) > 1 else found[0]
+
+
+def exchanges(conversations: Any, pictures: int) -> list[Any]:
+    """All that `one_exchange` chooses from; the row as it is if it has fewer than two."""
     turns = parse(conversations)
     pairs = [
         (asked.text, answer.text)
@@ -64,12 +70,14 @@ def one_exchange(conversations: Any, pictures: int, choose: Callable[[int], int]
         if (asked.role, answer.role) == ("human", "gpt")
     ]
     if len(pairs) < 2:
-        return conversations
-    question, answer = pairs[choose(len(pairs))]
+        return [conversations]
     if pictures:
-        slots = sum(turn.text.count(SLOT) for turn in turns)
-        question = f"{SLOT}\n" * slots + question.replace(SLOT, "").strip()
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        slots = f"{SLOT}\n" * sum(turn.text.count(SLOT) for turn in turns)
+        pairs = [(slots + asked.replace(SLOT, "").strip(), answer) for asked, answer in pairs]
+    return [
+        [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+        for asked, answer in pairs
+    ]
 
 
 def slots_first(text: str) -> str:

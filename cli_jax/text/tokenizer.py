@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ _SLOT_NAME, _SLOT_RENAMED = "<image>", "<|unused image slot|>"
 _BOS_NAMES = ("<s>",)
 _EOS_NAMES = ("<|im_end|>", "</s>", "<|endoftext|>")
 _PAD_NAMES = ("<pad>", "<|endoftext|>", "<unk>")
+
+# Cut into tokens for the fingerprint: spaces, digits, contractions, other scripts, special tokens.
+_PROBE = "  Two lines, 12,345 things:\nthey're unlike über 0.5µm <|im_start|> 图像 </s>\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,13 @@ class Tokenizer:
                 "data.template or data.tokenizer"
             )
         return found
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the vocabulary and of how a sentence is cut: the same wherever the tokenizer lies."""
+        vocabulary = sorted(self.backend.get_vocab(with_added_tokens=True).items())
+        known = json.dumps([vocabulary, self.encode(_PROBE), self.bos_id])
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
 
     @property
     def max_id(self) -> int:

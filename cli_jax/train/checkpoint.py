@@ -104,7 +104,8 @@ class Checkpoints:
 
         `state` holds `jax.ShapeDtypeStruct` with shardings, of any mesh. A damaged checkpoint is
         reported and moved aside, and the one before it is used. Raises `ConfigError`
-        if the config asks for another model, optimizer or order of the data.
+        if the config asks for another model, optimizer or order of the data. Data that says
+        `any_process_count` goes on from a checkpoint of another number of processes, too.
         """
         steps = sorted(_steps(self.directory), reverse=True)
         damaged: dict[int, str] = {}
@@ -143,7 +144,7 @@ class Checkpoints:
         if metadata["processes"] == jax.process_count():
             self._read(step, data=grain.checkpoint.CheckpointRestore(data))
         else:
-            resume.set_shared_state(data, self.directory / str(step), metadata["processes"])
+            resume.set_data_of_any_process(data, self.directory / str(step), metadata["processes"])
         return found
 
     def describe_latest(self) -> str:

@@ -37,7 +37,7 @@ def check(metadata: dict[str, Any], state: Any, data: Any, where: os.PathLike) -
     Learning rates, logging, evaluation, the mesh and the length of the run may change; shapes and
     the choice of trained parameters may not. The order of the data is guarded by the data's own
     state, of which there is one per process; the number of processes may change if `data` says
-    that all of them have the same (`data.shared_state` is true).
+    that all of them have the same (`data.any_process_count` is true).
     """
     problems = _array_problems(metadata["arrays"], state)
     if problems:
@@ -46,14 +46,15 @@ def check(metadata: dict[str, Any], state: Any, data: Any, where: os.PathLike) -
             f"the config does not fit the checkpoint {os.fspath(where)}:\n  {shown}\n{_REMEDY}"
         )
     before, now = metadata["processes"], jax.process_count()
-    if before != now and not getattr(data, "shared_state", False):
+    if before != now and not getattr(data, "any_process_count", False):
         raise ChangedRunError(
             f"{os.fspath(where)} was written by {before} processes and there are {now}, which "
-            f"would change the order of the data. {_REMEDY}"
+            f"would change the order of data that is packed online: data packed offline "
+            f"(config.data.bins) keeps its order. {_REMEDY}"
         )
 
 
-def set_shared_state(data: Any, folder: epath.Path, processes: int) -> None:
+def set_data_of_any_process(data: Any, folder: epath.Path, processes: int) -> None:
     """Sets `data` to the state that each of so many processes has written into a checkpoint."""
     data.set_state(json.loads((folder / "data" / f"process_0-of-{processes}.json").read_text()))
 

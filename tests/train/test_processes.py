@@ -118,7 +118,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(copied, go, setup, strai
 
 def test_data_of_which_each_process_has_its_own_is_refused_in_one_line(copied, setup):
     class Own(train_tiny.Data):
-        shared_state = False
+        any_process_count = False
 
     workdir, step = copied
     checkpoints = Checkpoints(workdir, setup.experiment.checkpoint)

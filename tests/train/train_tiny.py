@@ -112,7 +112,7 @@ def make_batch(experiment: Experiment, seed: int, rows: int | None = None) -> Ba
 class Data(grain.DatasetIterator):
     """Batch i is made from seed i; the position is the whole state, on any number of processes."""
 
-    shared_state = True
+    any_process_count = True
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__()
