@@ -27,7 +27,7 @@ def found(tmp_path_factory):
 
 def test_the_batches_are_packed_and_any_res(found):
     assert found["packed"] > 0.9
-    assert found["tiles"] > 10
+    assert found["tiles"] > 3
 
 
 def test_losses_and_gradients_are_those_of_one_device(found):
