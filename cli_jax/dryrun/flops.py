@@ -17,7 +17,7 @@ from cli_jax.fusion import registry
 from cli_jax.fusion.base import Row
 
 PARTS = ("vision", "projector", "amp", "agf", "decoder", "head")
-_OWNER = {  # prefix of a parameter's path -> part; the first that matches
+OWNERS = {  # prefix of a parameter's path -> part; the first that matches
     "vision_tower/": "vision",
     "multi_modal_projector/": "projector",
     "image_newline": "projector",
@@ -65,7 +65,7 @@ def step(model: ModelConfig, row: Row, rows: int, rates: Mapping[str, float | No
 
 def part_of(path: str) -> str:
     """The part that a parameter belongs to."""
-    return next(part for prefix, part in _OWNER.items() if path.startswith(prefix))
+    return next(part for prefix, part in OWNERS.items() if path.startswith(prefix))
 
 
 def _vision(c: VisionConfig, layers: int) -> float:

@@ -1,0 +1,120 @@
+"""The TPU compiler on a shrunken ov7b_cli: as many layers, taps and points, narrower.
+
+`pytest -m tpu_aot` compiles the full-size configs of docs/pods.md (hours on two cores).
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+
+import pytest
+
+from cli_jax.dryrun import chips, hlo
+from cli_jax.dryrun.compile import compile_for
+from cli_jax.dryrun.report import make_report
+from cli_jax.experiment import from_dict
+from configs import ov7b_cli
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler (the `tpu` extra)"
+)
+ROWS, LENGTH, VISUAL, TILES, VOCAB, CHUNK = 8, 2048, 1536, 3, 32_000, 256
+V, D, LAYERS, VISION_LAYERS = 128, 256, 28, 26
+
+
+def shrunken(**changes):
+    config = ov7b_cli.get_config()
+    config.model.vision.update(hidden_size=V, intermediate_size=2 * V, num_attention_heads=2)
+    config.model.text.update(
+        hidden_size=D,
+        intermediate_size=2 * D,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=VOCAB,
+    )
+    config.data.update(
+        batch_size=ROWS, row_length=LENGTH, visual_per_row=VISUAL, tiles_per_row=TILES
+    )
+    config.compute.loss_chunk = CHUNK
+    experiment = from_dict(config)
+    return dataclasses.replace(experiment, **changes)
+
+
+@pytest.fixture(scope="module")
+def topology():
+    return chips.describe("v5e:2x4")
+
+
+@pytest.fixture(scope="module")
+def compiled(topology):
+    return compile_for(shrunken(), topology)
+
+
+def test_it_fits_and_is_reported(compiled, topology):
+    report = make_report(shrunken(), topology, compiled)
+    assert report.fits
+    assert (report.chips, report.devices) == (8, 8)
+    assert report.mesh == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert report.memory.limit == 16 * 2**30
+    parameters = sum(leaf.size for leaf in _leaves(compiled.setup.state.params))
+    assert report.memory.parameters == pytest.approx(parameters * 4 / 8, rel=0.05)
+    assert report.memory.temporaries > 0
+    assert 0 < report.mfu_ceiling < 1
+    # Every weight is gathered at least once, in two bytes, and its gradient comes back.
+    assert sum(report.collectives.values()) > 2 * parameters
+
+
+def _leaves(tree):
+    return [leaf for x in tree.values() for leaf in (_leaves(x) if isinstance(x, dict) else [x])]
+
+
+def test_attention_is_splash_in_tower_and_decoder(compiled):
+    kernels = re.findall(r'op_name="[^"]*(vision_tower|language_model)[^"]*splash', compiled.text)
+    assert set(kernels) == {"vision_tower", "language_model"}
+
+
+ALLOWED = {  # per device; what is large, on purpose
+    "layer inputs of the decoder": (LAYERS, 1, LENGTH, D),
+    "layer inputs of the tower": (VISION_LAYERS, TILES, 729, V),
+    "taps of the tower": (9, TILES, 729, V),
+    "logits of a chunk": (1, CHUNK, VOCAB),
+    "embeddings and head, gathered": (VOCAB, D),
+}
+LARGE = 6e6  # bytes; a row's logits would be 262 MB in float32, its scores 67 MB
+
+
+def test_nothing_is_large_that_is_not_on_the_list(compiled):
+    allowed = [sorted(n for n in shape if n > 1) for shape in ALLOWED.values()]
+    allowed += [
+        sorted(n for n in leaf.sharding.shard_shape(leaf.shape) if n > 1)
+        for leaf in _leaves(compiled.setup.state.params)
+    ]
+    large = set()
+    for line in hlo.instructions(compiled.text):
+        for kind, dims in re.findall(r"\b([a-z]+[0-9a-z]*)\[([0-9,]+)\]", line.type):
+            shape = sorted(n for n in map(int, dims.split(",")) if n > 1)
+            if hlo.size(f"{kind}[{dims}]") > LARGE and shape not in allowed:
+                large.add((f"{kind}[{dims}]", line.op))
+    assert not large
+    wholes = [math.prod((LENGTH, VOCAB)) * 4, 4 * LENGTH**2 * 4]
+    assert min(wholes) > LARGE
+
+
+def test_tensor_parallel_and_two_slices_compile():
+    """The decoder's attention runs split over heads; only `data` crosses between slices."""
+    mesh = dataclasses.replace(shrunken().mesh, data=1, fsdp=2, tensor=2)
+    split = compile_for(shrunken(mesh=mesh), chips.describe("v5e:2x2"))
+    assert split.memory.fits
+    slices = chips.describe("2*v5e:2x2")
+    both = compile_for(shrunken(), slices)
+    assert dict(both.setup.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert both.memory.fits
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4", "v6e:16x16"])
+def test_ov7b_cli_fits(topology):
+    compiled = compile_for(from_dict(ov7b_cli.get_config()), chips.describe(topology))
+    assert compiled.memory.fits
