@@ -53,7 +53,6 @@ class DataConfig:
     turns: Literal["all", "one"] = "all"  # "one": a draw of a row trains on one random question
     augment: float = 0.0  # strength of random shifts and zoom, in [0, 1]; 0 = off
     jitter: float = 0.0  # strength of random changes of brightness, contrast and color
-    vertical_flip: float = 0.0  # share of pictures that are turned upside down
     workers: int = 0  # Grain processes; 0 = in the training process
     max_bad_share: float = 0.01  # share of unreadable rows above which training stops
     strict: bool = False  # the first unreadable row is an error

@@ -44,9 +44,8 @@ def get_config() -> ConfigDict:
         row_length=70,
         visual_per_row=30,
         tiles_per_row=4,
-        vertical_flip=0.5,  # no question asks for up or down
     )
     config.eval.update(path="val.json", batch_size=64, max_new_tokens=4)
-    config.optimizer.warmup_ratio = 0.02
+    config.optimizer.update(warmup_ratio=0.02, weight_decay=0.1)
     config.total_steps = 8000
     return config

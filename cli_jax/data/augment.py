@@ -1,6 +1,6 @@
-"""Augmentation of a training picture before it is tiled: shifts, zoom, color jitter, upside down.
+"""Augmentation of a training picture before it is tiled: small shifts, zoom, color jitter.
 
-Nothing is mirrored left to right: LLaVA's questions ask for left and right.
+Nothing is flipped: LLaVA's questions ask for left and right.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ MAX_JITTER = 0.4  # of brightness, contrast and color
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Strengths in [0, 1] of shift and zoom, and of color jitter; probability of upside down."""
+    """Strengths in [0, 1]: of shift and zoom, and of color jitter."""
 
     strength: float = 0.0
     jitter: float = 0.0
-    vertical_flip: float = 0.0
 
     def __bool__(self) -> bool:
         return max(dataclasses.astuple(self)) > 0
@@ -40,7 +39,6 @@ def augment(image: Image.Image, rng: np.random.Generator, spec: Augmentation) ->
     zoom = 1 + strength * MAX_ZOOM * rng.uniform(-1, 1)
     shift = strength * MAX_SHIFT * rng.uniform(-1, 1, 2)
     factors = 1 + spec.jitter * MAX_JITTER * rng.uniform(-1, 1, 3)
-    upside_down = rng.uniform() < spec.vertical_flip
     width, height = image.size
     # The affine map takes an output pixel to the input: scaled about the center, then shifted.
     scale = 1 / zoom
@@ -59,6 +57,4 @@ def augment(image: Image.Image, rng: np.random.Generator, spec: Augmentation) ->
     if spec.jitter:
         for jitter, factor in zip(jitters, factors, strict=True):
             image = jitter(image).enhance(float(factor))
-    if upside_down:
-        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     return image

@@ -182,7 +182,6 @@ def make_loader(
         "data.labels": data.labels,
         "data.augment": data.augment,
         "data.jitter": data.jitter,
-        "data.vertical_flip": data.vertical_flip,
         "data.turns": data.turns,
         "data.train": [
             {"rows": list(rows), "weight": source.weight}

@@ -94,7 +94,7 @@ class SampleSpec:
             image=image,
             vision=vision,
             room=Sizes.from_config(data, vision, rows=1).row,
-            augmentation=Augmentation(data.augment, data.jitter, data.vertical_flip),
+            augmentation=Augmentation(data.augment, data.jitter),
             one_question=data.turns == "one",
         )
 
