@@ -15,7 +15,11 @@ from cli_jax.experiment import Experiment
 from cli_jax.train.setup import Setup, make_setup
 from cli_jax.train.step import lower_step
 
+# How versions of the compiler say it: everything that is used, or the temporaries alone.
 _NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_TEMPORARIES = re.compile(
+    r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"
+)
 _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -65,20 +69,12 @@ def compile_for(experiment: Experiment, topology: Topology) -> Compiled:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _NEEDED.search(str(error))
-        if needed is None:
-            raise
-        total, limit = (float(needed[i]) * _UNIT[needed[i + 1]] for i in (1, 3))
+        total, limit = _refused(error, arguments)
         memory = Memory(**known, temporaries=total - arguments, total=total, limit=limit)
         return Compiled(setup, memory, "", time.perf_counter() - begun)
-    found: Any = compiled.memory_analysis()
-    # The state is donated: its outputs lie where its inputs were.
-    total = (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes
-    )
+    # The peak, with the donated state counted once. The parts do not add up to it: the sizes of
+    # temporaries include buffers in the core's own memory and some that are never alive together.
+    total = float(compiled.memory_analysis().peak_memory_in_bytes)
     memory = Memory(
         **known,
         temporaries=total - arguments,
@@ -86,6 +82,21 @@ def compile_for(experiment: Experiment, topology: Topology) -> Compiled:
         limit=topology.chip.hbm_bytes,
     )
     return Compiled(setup, memory, compiled.as_text(), time.perf_counter() - begun)
+
+
+def _refused(error: Exception, arguments: float) -> tuple[float, float]:
+    """(bytes needed, bytes there are) of a step that does not fit; raises any other error again."""
+
+    def sizes(found: re.Match[str]) -> tuple[float, float]:
+        needed, limit = (float(found[i]) * _UNIT[found[i + 1]] for i in (1, 3))
+        return needed, limit
+
+    if found := _NEEDED.search(str(error)):
+        return sizes(found)
+    if found := _TEMPORARIES.search(str(error)):
+        needed, limit = sizes(found)
+        return needed + arguments, limit
+    raise error
 
 
 def tree_bytes(tree: Any) -> float:

@@ -62,10 +62,14 @@ def make_mesh(
     sizes = axis_sizes(config, model, len(devices), slices)
     check_tensor(model, sizes[2])
     types = (AxisType.Auto,) * len(AXES)
-    if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
     inside = (sizes[0] // slices, *sizes[1:])
-    arranged = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    # Split: the sizes need not be those of the torus, 2 x 128 lie on 16 x 16 chips.
+    if slices == 1:
+        arranged = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    else:
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     return Mesh(arranged, AXES, axis_types=types)
 
 
