@@ -46,27 +46,31 @@ class Instruction(NamedTuple):
     op: str
     rest: str
     times: int  # how often it runs in one execution of the program
+    fused: bool  # inside a fusion: what it makes is no array in memory
 
 
 def instructions(text: str) -> Iterator[Instruction]:
     """Every instruction of a compiled program that is reached from its entry."""
     bodies = _computations(text)
     times: dict[str, int] = defaultdict(int)
+    fused: set[str] = set()
 
-    def visit(name: str, count: int) -> None:
+    def visit(name: str, count: int, inside: bool) -> None:
         times[name] += count
+        if inside:
+            fused.add(name)
         for _, _, op, rest in bodies[name]:
             loops = _trip_count(rest, bodies) if op == "while" else 1
             for called in _CALLED.finditer(rest):
                 for callee in called[1].replace("%", "").split(","):
                     if callee.strip() in bodies:
-                        visit(callee.strip(), count * loops)
+                        visit(callee.strip(), count * loops, inside or op == "fusion")
 
-    visit(_entry(text), 1)
+    visit(_entry(text), 1, False)
     for computation, lines in bodies.items():
         for line in lines:
             if times[computation]:
-                yield Instruction(*line, times[computation])
+                yield Instruction(*line, times[computation], computation in fused)
 
 
 def size(type_: str) -> float:

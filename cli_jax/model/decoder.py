@@ -21,7 +21,7 @@ from cli_jax.model.layers import (
     rotary_angles,
     rotate,
 )
-from cli_jax.model.remat import layer_input, rematerialize
+from cli_jax.model.remat import layer_input
 
 
 class Cache(NamedTuple):
@@ -213,11 +213,11 @@ class Decoder(nn.Module):
 
         def visit(carry, point):
             h, cache = carry
-            h, out = rematerialize(injection.inject, self.compute.remat)(h, point)
+            h, out = injection.inject(layer_input(h), point)
             return (h, cache), out
 
         (h, cache), outs = stack.run(
-            rematerialize(body, self.compute.remat),
+            body,
             (h, cache),
             (self.layers, jnp.arange(c.num_hidden_layers)),
             stop=c.num_hidden_layers,
@@ -225,6 +225,7 @@ class Decoder(nn.Module):
             points=injection.points if injection else (),
             visit=visit,
             visits=injection.xs if injection else None,
+            remat=self.compute.remat,
         )
         return self.norm(h), outs, cache
 

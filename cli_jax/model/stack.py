@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cli_jax.model.remat import rematerialize
+
 PyTree = Any
 Body = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
@@ -70,16 +72,20 @@ def run(
     points: Sequence[int] = (),
     visit: Body | None = None,
     visits: PyTree = None,
+    remat: str = "none",
 ) -> tuple[PyTree, PyTree]:
     """Runs layers [0, stop) of a stack, calling `visit` before each layer in `points`.
 
     body(carry, layer) -> (carry, None); `layers` is a tree with a leading axis >= stop.
     visit(carry, visits[i]) -> (carry, out); `visits` has a leading axis len(points).
     Returns the carry and the visits' outputs stacked on axis 0 (None without points). The numbers
-    depend neither on `unroll` nor on how the points cut the stack into scans.
+    depend neither on `unroll` nor on how the points cut the stack into scans. `remat` is what the
+    backward pass finds (`remat.py`): with "full" the carry before every layer; a visit and the
+    layer behind it are one step then, so that the carry between them is not kept, too.
     """
 
-    body, visit = _settled(body), visit and _settled(visit)
+    layer, body = _settled(body), rematerialize(_settled(body), remat)
+    visit = visit and _settled(visit)
     carry = jax.lax.optimization_barrier(carry)
 
     def scan(f: Body, carry: PyTree, xs: PyTree, length: int) -> tuple[PyTree, PyTree]:
@@ -98,12 +104,24 @@ def run(
         return carry, None
     assert visit is not None
 
+    def visit_then_layer(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
+        one_visit, one_layer = xs
+        carry, out = visit(carry, one_visit)
+        if one_layer is not None:
+            carry, _ = layer(carry, one_layer)
+        return carry, out
+
+    step = rematerialize(visit_then_layer, remat)
+
     def visit_then_run(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
         one_visit, some_layers = xs
-        carry, out = visit(carry, one_visit)
+        first = jax.tree.map(lambda x: x[0], some_layers)
+        carry, out = step(carry, (one_visit, first))
         if some_layers is not None:
-            length = jax.tree.leaves(some_layers)[0].shape[0]
-            carry, _ = scan(body, carry, some_layers, length)
+            rest = jax.tree.map(lambda x: x[1:], some_layers)
+            length = jax.tree.leaves(rest)[0].shape[0]
+            if length:
+                carry, _ = scan(body, carry, rest, length)
         return carry, out
 
     outs, done = [], 0

@@ -11,7 +11,7 @@ from cli_jax.config import ComputeConfig, ImageConfig, VisionConfig
 from cli_jax.model import stack
 from cli_jax.model.attention import attention
 from cli_jax.model.layers import ACTIVATIONS, Dtype, dense, layer_norm, partitioned
-from cli_jax.model.remat import layer_input, rematerialize
+from cli_jax.model.remat import layer_input
 
 # 1/255 in two parts, the first so short that its product with a byte is exact. A division would do,
 # but XLA may make it a product with the rounded 1/255, an ulp or two off the reference.
@@ -172,13 +172,14 @@ class VisionEncoder(nn.Module):
 
         patches = slice(1, None) if c.model_type == "clip" else slice(None)
         _, taps = stack.run(
-            rematerialize(body, self.compute.remat),
+            body,
             x,
             params,
             stop=layers[-1],
             unroll=not self.compute.scan_layers,
             points=layers,
             visit=lambda x, _: (x, x[:, patches]),
+            remat=self.compute.remat,
         )
         return taps
 
