@@ -136,3 +136,26 @@ def test_what_does_not_fit_has_no_bounds(dry):
     report = make_report(experiment, TOPOLOGY, compiled)
     assert report.collectives == {}
     assert "no step is faster" not in report.text()
+
+
+@pytest.mark.parametrize(
+    ("said", "total", "limit"),
+    [
+        ("Ran out of memory in memory space hbm. Used 17.26G of 15.75G hbm. Exceeded", 17.26, 15.75),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (15.82G) exceeds available HBM (15.75G).",
+            17.82,  # and two of arguments
+            15.75,
+        ),
+        ("HLO temporaries (1536M) exceeds available HBM (0.5G)", 3.5, 0.5),
+    ],
+)
+def test_what_the_compiler_says_of_a_step_that_does_not_fit(said, total, limit):
+    found = compiling._refused(RuntimeError(said), 2 * GIB)
+    assert [x / GIB for x in found] == pytest.approx([total, limit])
+
+
+def test_other_errors_of_the_compiler_are_not_swallowed():
+    with pytest.raises(RuntimeError, match="something else"):
+        compiling._refused(RuntimeError("something else"), 0.0)
