@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from cli_jax.experiment import ConfigError, Experiment
+from cli_jax.parallel.mesh import batch_shards
 from cli_jax.train.checkpoint import Checkpoints
 from cli_jax.train.goodput import Goodput
 from cli_jax.train.initial import init_state, load_initial
@@ -56,6 +57,7 @@ def train(experiment: Experiment, workdir: str, data: Any) -> Result:
     profile = Profile(folder, settings.profile, total)
     goodput = Goodput(folder, settings.every)
     setup = make_setup(experiment)
+    check_processes(setup)
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         checkpoints = Checkpoints(folder, experiment.checkpoint)
@@ -132,6 +134,18 @@ def rows_per_process(experiment: Experiment) -> int:
             f"config.data.batch_size={rows} is not a multiple of the {processes} processes"
         )
     return rows // processes
+
+
+def check_processes(setup: Setup) -> None:
+    """Refuses a mesh in which processes share rows: each reads rows of its own."""
+    rows, sharding = setup.experiment.data.batch_size, setup.batch["labels"].sharding
+    slices = set(map(str, sharding.addressable_devices_indices_map((rows,)).values()))
+    own = len(slices) * rows // batch_shards(setup.mesh)
+    if own != rows // jax.process_count():
+        raise ConfigError(
+            f"config.mesh.tensor={setup.mesh.shape['tensor']} reaches over several processes, "
+            f"which would share rows: give it at most the devices of one process"
+        )
 
 
 def say(text: str) -> None:

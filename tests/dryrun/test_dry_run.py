@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -15,6 +18,7 @@ from cli_jax.train.setup import make_setup
 from tests.train import train_tiny
 
 GIB = 2**30
+ROOT = Path(__file__).parents[2]
 TOPOLOGY = chips.Topology("v5e:1x1", dataclasses.replace(chips._CHIPS["v5e"]), jax.devices()[:1], 1)
 
 
@@ -141,7 +145,11 @@ def test_what_does_not_fit_has_no_bounds(dry):
 @pytest.mark.parametrize(
     ("said", "total", "limit"),
     [
-        ("Ran out of memory in memory space hbm. Used 17.26G of 15.75G hbm. Exceeded", 17.26, 15.75),
+        (
+            "Ran out of memory in memory space hbm. Used 17.26G of 15.75G hbm. Exceeded",
+            17.26,
+            15.75,
+        ),
         (
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
             "temporaries (15.82G) exceeds available HBM (15.75G).",
@@ -159,3 +167,19 @@ def test_what_the_compiler_says_of_a_step_that_does_not_fit(said, total, limit):
 def test_other_errors_of_the_compiler_are_not_swallowed():
     with pytest.raises(RuntimeError, match="something else"):
         compiling._refused(RuntimeError("something else"), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dry_run"], "error: --dry_run needs --topology"),
+        (["--dry_run", "--topology=h100"], "error: --topology=h100: not CHIP:SHAPE"),
+        ([], "--workdir is required"),
+    ],
+)
+def test_the_command_says_what_is_missing(flags, words):
+    command = [sys.executable, "train.py", "--config", "configs/quickstart.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert words in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

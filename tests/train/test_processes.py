@@ -12,7 +12,7 @@ from train_processes import run_processes
 from cli_jax.experiment import ConfigError
 from cli_jax.parallel import processes
 from cli_jax.train.checkpoint import FOLDER, Checkpoints, load_params
-from cli_jax.train.loop import to_device
+from cli_jax.train.loop import check_processes, to_device
 from cli_jax.train.state import flatten
 
 RARELY = {"checkpoint": {"every": 1000}}
@@ -174,3 +174,10 @@ def test_processes_that_cannot_be_joined_are_one_line(monkeypatch, variables, me
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(ConfigError, match=message):
         processes.join()
+
+
+def test_a_tensor_axis_over_several_processes_is_refused(setup, monkeypatch):
+    check_processes(setup)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # both of which hold all rows
+    with pytest.raises(ConfigError, match=r"config.mesh.tensor=1 reaches over several processes"):
+        check_processes(setup)
