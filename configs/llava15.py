@@ -35,7 +35,7 @@ def finetune(text: dict[str, Any]) -> ConfigDict:
         warmup_ratio=0.03,
         clip_norm=0.0,
     )
-    config.compute.loss_chunk = 2048
+    config.compute.loss_chunk = 1024
     config.total_steps = 5198  # 665,298 samples
     return config
 

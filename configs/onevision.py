@@ -37,7 +37,7 @@ def single_image(text: dict[str, Any]) -> ConfigDict:
         clip_norm=1.0,
         loss_average="samples",  # the reference: one sample per device, then the mean of devices
     )
-    config.compute.loss_chunk = 2048
+    config.compute.loss_chunk = 1024
     config.total_steps = 12_500  # 3.2 million samples
     return config
 
