@@ -7,7 +7,7 @@ know nothing of strategies: they are given layer indices and an `Injection`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +19,13 @@ from cli_jax.model.decoder import Injection
 from cli_jax.model.gather import apply_plan
 from cli_jax.model.layers import Dtype
 from cli_jax.model.projector import Projector
+from cli_jax.model.vision import Emit
 
+# look(layers, stop, emit, xs): runs the tower to layer `stop` once and keeps, of each of the
+# ascending `layers`, emit(V_k [B, M*N, V], xs[i]), stacked on axis 0; returns that and V_stop
+# [B, M*N, V]. What is emitted stays for the whole decoder: better the features of visual slots than
+# the states of all patches.
+Look = Callable[[tuple[int, ...], int, Emit, Any], tuple[Any, jax.Array]]
 LayerSpec = tuple[int, ...] | str  # indices, "all" or "every:m"
 TapSpec = tuple[int | tuple[int, ...], ...] | str  # an entry with several layers is their mean
 Tap = tuple[int, ...]  # vision layers whose mean is one tap
@@ -95,7 +101,7 @@ def taps(spec: TapSpec, vision: VisionConfig) -> tuple[Tap, ...]:
         return tuple((k,) for k in sorted(range(last, 0, -_period(spec, "vision layers"))))
     known = range(vision.num_hidden_layers + 1)
     each = [(tap,) if isinstance(tap, int) else tap for tap in spec]
-    return _distinct([_checked(tap, known, "vision layer") for tap in each], "tap")
+    return tuple(sorted(_distinct([_checked(tap, known, "vision layer") for tap in each], "tap")))
 
 
 def layers_of(taps: Sequence[Tap]) -> tuple[int, ...]:
@@ -145,6 +151,11 @@ def _distinct(items: Sequence[Any], what: str) -> tuple[Any, ...]:
     if len(set(items)) != len(items):
         raise ValueError(f"{what}s {tuple(items)} repeat")
     return tuple(items)
+
+
+def raw(V_BxMNxV: jax.Array, _: Any) -> jax.Array:
+    """Emits the hidden state itself."""
+    return V_BxMNxV
 
 
 def is_patch(batch: dict[str, jax.Array]) -> jax.Array:

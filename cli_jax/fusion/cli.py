@@ -28,6 +28,7 @@ from cli_jax.model.gather import place, take_or_zero
 from cli_jax.model.layers import partitioned
 from cli_jax.model.projector import Projector
 from cli_jax.model.remat import rematerialize
+from cli_jax.model.vision import Emit
 
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]
@@ -119,17 +120,11 @@ class CLI(base.Fusion):
         return config.agf == "gated" and config.context == "prompt"
 
     @nn.compact
-    def __call__(
-        self, hidden_ExBxMNxV: jax.Array, batch: Batch, projector: Projector
-    ) -> base.Fused:
+    def __call__(self, look: base.Look, batch: Batch, projector: Projector) -> base.Fused:
         c: CLIConfig = self.model.fusion
-        emitted = self.vision_layers(c, self.model.vision)
         taps = self.taps(c, self.model.vision)
         points = self.decoder_layers(c, self.model.text)
-        V, D = hidden_ExBxMNxV.shape[-1], self.model.text.hidden_size
-
-        last_BxMNxV = hidden_ExBxMNxV[emitted.index(self.model.vision.last_layer)]
-        features_BxPxD = base.project(last_BxMNxV, batch, projector)
+        V, D = self.model.vision.hidden_size, self.model.text.hidden_size
         lora = weights = None
         if c.amp:
             lora = AMP(len(taps), c.rank, self.param_dtype, name="amp")(V, D)
@@ -146,8 +141,16 @@ class CLI(base.Fusion):
             f = rematerialize(f, self.remat)
             return jax.lax.scan(lambda _, x: (None, f(x)), None, xs, unroll=unroll)[1]
 
-        align = self._align(batch, projector)
-        bank_KxBxPxD = each_tap(align, (base.take_taps(hidden_ExBxMNxV, emitted, taps), lora))
+        align, last = self._align(batch, projector), self.model.vision.last_layer
+        if all(len(tap) == 1 and tap[0] <= last for tap in taps):
+            bank_KxBxPxD, last_BxMNxV = look(base.layers_of(taps), last, align, lora)
+        else:  # means of layers, and layers behind the last one: aligned when the tower is done
+            layers = self.vision_layers(c, self.model.vision)
+            hidden_ExBxMNxV, _ = look(layers, layers[-1], base.raw, None)
+            last_BxMNxV = hidden_ExBxMNxV[layers.index(last)]
+            mean_KxBxMNxV = base.take_taps(hidden_ExBxMNxV, layers, taps)
+            bank_KxBxPxD = each_tap(lambda tap: align(*tap), (mean_KxBxMNxV, lora))
+        features_BxPxD = base.project(last_BxMNxV, batch, projector)
         xs = None
         if weights is not None:
             c_v_KxBxTxIxD = each_tap(
@@ -158,13 +161,14 @@ class CLI(base.Fusion):
         inject = _injector(c, bank_KxBxPxD, batch, slots_BxIxP)
         return base.Fused(features_BxPxD, Injection(points, inject, xs))
 
-    def _align(self, batch: Batch, projector: Projector) -> Callable[[Any], jax.Array]:
-        """One tap (V_k, its LoRA weights) -> its aligned features Vhat_k [B, P, D]."""
+    def _align(self, batch: Batch, projector: Projector) -> Emit:
+        """One tap V_k [B, M*N, V] and its LoRA weights -> its aligned features Vhat_k [B, P, D]."""
         c: CLIConfig = self.model.fusion
+        if self.is_initializing():  # parameters are made outside of scans
+            projector.output(projector.hidden(jnp.zeros((1, 1, self.model.vision.hidden_size))))
         P, variables = projector.unbind()
 
-        def align(tap: Any) -> jax.Array:
-            V_BxMNxV, lora = tap
+        def align(V_BxMNxV: jax.Array, lora: Any) -> jax.Array:
             Vhat_BxPxD = base.project(V_BxMNxV, batch, P.bind(variables))
             if lora is None:
                 return Vhat_BxPxD

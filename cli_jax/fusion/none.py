@@ -33,6 +33,8 @@ class NoFusion(base.Fusion):
         return {"projector": base.project_flops(model, row)}
 
     def __call__(
-        self, taps_KxBxMNxV: jax.Array, batch: dict[str, jax.Array], projector: Projector
+        self, look: base.Look, batch: dict[str, jax.Array], projector: Projector
     ) -> base.Fused:
-        return base.Fused(base.project(taps_KxBxMNxV[0], batch, projector), None)
+        (layer,) = self.vision_layers(self.model.fusion, self.model.vision)
+        _, V_BxMNxV = look((), layer, base.raw, None)
+        return base.Fused(base.project(V_BxMNxV, batch, projector), None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,8 @@ from cli_jax.model import stack
 from cli_jax.model.attention import attention
 from cli_jax.model.layers import ACTIVATIONS, Dtype, dense, layer_norm, partitioned
 from cli_jax.model.remat import layer_input
+
+Emit = Callable[[jax.Array, Any], Any]
 
 # 1/255 in two parts, the first so short that its product with a byte is exact. A division would do,
 # but XLA may make it a product with the rounded 1/255, an ulp or two off the reference.
@@ -161,7 +166,9 @@ class VisionEncoder(nn.Module):
     param_dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, layers: tuple[int, ...], stop: int, emit: Emit, xs: Any
+    ) -> tuple[Any, jax.Array]:
         c = self.config
         kernel = self.compute.attention
         block = VisionLayer(c, kernel, self.dtype, self.param_dtype, parent=None)
@@ -171,17 +178,18 @@ class VisionEncoder(nn.Module):
             return block.apply({"params": layer}, layer_input(x)), None
 
         patches = slice(1, None) if c.model_type == "clip" else slice(None)
-        _, taps = stack.run(
+        last, outs = stack.run(
             body,
             x,
             params,
-            stop=layers[-1],
+            stop=stop,
             unroll=not self.compute.scan_layers,
             points=layers,
-            visit=lambda x, _: (x, x[:, patches]),
+            visit=lambda x, own: (x, emit(x[:, patches], own)),
+            visits=xs,
             remat=self.compute.remat,
         )
-        return taps
+        return outs, last[:, patches]
 
 
 class VisionTower(nn.Module):
@@ -198,8 +206,15 @@ class VisionTower(nn.Module):
     param_dtype: Dtype
 
     @nn.compact
-    def __call__(self, tiles: jax.Array, layers: tuple[int, ...]) -> jax.Array:
-        """tiles float32 [n, H, W, 3], ascending layer indices -> hidden states [K, n, N, V]."""
+    def __call__(
+        self, tiles: jax.Array, layers: tuple[int, ...], stop: int, emit: Emit, xs: Any = None
+    ) -> tuple[Any, jax.Array]:
+        """tiles float32 [n, H, W, 3] -> what `emit` makes of the tapped layers, layer `stop`.
+
+        emit(hidden state [n, N, V], xs[i]) of the i-th of the ascending `layers`, stacked on axis
+        0; and the hidden state [n, N, V] of layer `stop` (>= layers[-1]). A tapped hidden state is
+        not kept beside its layer's input, so emit what is needed later, not the state itself.
+        """
         c = self.config
         x = VisionEmbeddings(c, self.dtype, self.param_dtype, name="embeddings")(tiles)
         norm = (c.layer_norm_eps, self.dtype, self.param_dtype)
@@ -208,4 +223,4 @@ class VisionTower(nn.Module):
         encoder = VisionEncoder(c, self.compute, self.dtype, self.param_dtype, name="encoder")
         if self.is_initializing():
             layer_norm(*norm, name="post_layernorm")(x)
-        return encoder(x, layers)
+        return encoder(x, layers, stop, emit, xs)

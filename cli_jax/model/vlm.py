@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from cli_jax.model.decoder import Cache, Decoder
 from cli_jax.model.gather import place
 from cli_jax.model.layers import partitioned
 from cli_jax.model.projector import Projector
-from cli_jax.model.vision import VisionTower, normalize
+from cli_jax.model.vision import Emit, VisionTower, normalize
 
 Batch = dict[str, jax.Array]
 
@@ -38,7 +39,6 @@ class VLM(nn.Module):
         c, compute = self.config, self.compute
         dtype, param_dtype = jnp.dtype(compute.dtype), jnp.dtype(compute.param_dtype)
         strategy = registry.of(c)
-        self.taps = strategy.vision_layers(c.fusion, c.vision)
         self.vision_tower = VisionTower(c.vision, compute, dtype, param_dtype)
         self.multi_modal_projector = Projector(c.text.hidden_size, dtype, param_dtype)
         self.fusion = strategy(c, not compute.scan_layers, compute.remat, dtype, param_dtype)
@@ -94,14 +94,24 @@ class VLM(nn.Module):
 
     def vision(self, pixel_values: jax.Array, layers: tuple[int, ...]) -> jax.Array:
         """Tiles uint8 [B, M, H, W, 3] -> hidden states of `layers` [K, B, M*N, V]."""
+        return self.look(pixel_values, layers, layers[-1], lambda x, _: x, None)[0]
+
+    def look(
+        self, pixel_values: jax.Array, layers: tuple[int, ...], stop: int, emit: Emit, xs: Any
+    ) -> tuple[Any, jax.Array]:
+        """Tiles uint8 [B, M, H, W, 3] through the tower once (`fusion/base.py` Look)."""
         B, M = pixel_values.shape[:2]
         tiles = normalize(pixel_values.reshape(B * M, *pixel_values.shape[2:]), self.config.image)
-        taps = self.vision_tower(tiles, layers)
-        return taps.reshape(len(layers), B, M * taps.shape[-2], taps.shape[-1])
+
+        def by_row(x_TxNxV: jax.Array) -> jax.Array:
+            return x_TxNxV.reshape(B, M * x_TxNxV.shape[1], x_TxNxV.shape[2])
+
+        outs, last = self.vision_tower(tiles, layers, stop, lambda x, own: emit(by_row(x), own), xs)
+        return outs, by_row(last)
 
     def _forward(self, batch: Batch, cache_length: int | None):
-        taps_KxBxMNxV = self.vision(batch["pixel_values"], self.taps)
-        fused = self.fusion(taps_KxBxMNxV, batch, self.multi_modal_projector)
+        look = functools.partial(self.look, batch["pixel_values"])
+        fused = self.fusion(look, batch, self.multi_modal_projector)
         features_BxPxD = fused.features
         if self.config.has_newline:
             newline = batch["visual_newline"][..., None]

@@ -32,7 +32,7 @@ VARIANTS = {
     "mean": dataclasses.replace(CONFIG, agf="mean"),
     "one": dataclasses.replace(CONFIG, agf="one"),
     "taps_without_the_last": dataclasses.replace(CONFIG, taps=(0, 2), inject=(4,)),
-    "mean_of_layers": dataclasses.replace(CONFIG, taps=(2, (1, 3, 4))),
+    "mean_of_layers": dataclasses.replace(CONFIG, taps=((1, 3, 4), 2)),
 }
 
 

@@ -26,7 +26,7 @@ QWEN2 = TextConfig(num_hidden_layers=28)
         ("every:5", CLIP, [3, 8, 13, 18, 23]),
         ("every:100", SIGLIP, [26]),
         ((0, 13, 26), SIGLIP, [0, 13, 26]),
-        ((24, 3), CLIP, [24, 3]),
+        ((24, 3), CLIP, [3, 24]),
     ],
 )
 def test_taps(spec, vision, expected):

@@ -68,7 +68,16 @@ def model(fusion, *, text: TextConfig = TEXT, **compute) -> VLM:
 
 def fuse(m, hidden, batch, h):
     """Features, and (h, W) of every injection point on its own, from given hidden states."""
-    fused = m.fusion(hidden, batch, m.multi_modal_projector)
+    layers = m.fusion.vision_layers(m.config.fusion, VISION)
+
+    def look(taps, stop, emit, xs):
+        each = [
+            emit(hidden[layers.index(k)], jax.tree.map(lambda x, i=i: x[i], xs))
+            for i, k in enumerate(taps)
+        ]
+        return jnp.stack(each) if each else None, hidden[layers.index(stop)]
+
+    fused = m.fusion(look, batch, m.multi_modal_projector)
     if fused.injection is None:
         return fused.features, []
     points, inject, xs = fused.injection
