@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from cli_jax.fusion.cli import CLIConfig
 from cli_jax.model.decoder import Cache
@@ -93,3 +94,26 @@ def test_no_scatter_into_visual_slots():
     traced = str(jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(params, hidden, h))
     assert "scatter" not in traced
     assert "gather" in traced
+
+
+def everything(jaxpr):
+    """Every array that a traced program makes, at any depth."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
+        for inner in jaxprs_in_params(equation.params):
+            yield from everything(inner)
+
+
+@pytest.mark.parametrize(("taps", "kept"), [((1, 3, 5), False), ((1, 3, (4, 5)), True)])
+def test_the_states_of_tapped_layers_are_not_kept(taps, kept):
+    """They become aligned features where they arise. Means of layers have to wait for all."""
+    config = dataclasses.replace(CONFIG, taps=taps)
+    m, batch = tiny.model(config, scan_layers=True, remat="full"), tiny.packed()
+    V, patches = tiny.VISION.hidden_size, batch["plan_inverse"].shape[1]
+
+    def total(params):
+        return jnp.sum(m.apply({"params": params}, batch).hidden)
+
+    traced = jax.make_jaxpr(jax.grad(total))(tiny.redrawn(config))
+    assert ((K, B, patches, V) in everything(traced.jaxpr)) == kept
+    assert (K, B, P, D) in everything(traced.jaxpr)
