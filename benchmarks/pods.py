@@ -38,14 +38,14 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("ov7b_cli", "v5e:16x16"),
+    Row("ov7b_baseline", "v5e:16x16"),
     Row("ov7b_cli", "v5p:4x4x4", ("optimizer.accumulate=4",)),
     Row("ov7b_cli", "v6e:16x16"),
     Row("ov0p5b_cli", "v5e:2x4"),
     Row("llava15_7b_cli", "v5p:2x2x2"),
-    Row("ov7b_cli", "v5e:16x16", LONG),
-    Row("ov7b_cli", "v5p:4x4x4", (*LONG, "optimizer.accumulate=4")),
     Row("ov7b_cli", "v6e:16x16", LONG),
-    Row("ov7b_baseline", "v5e:16x16"),
+    Row("ov7b_cli", "v5p:4x4x4", (*LONG, "optimizer.accumulate=4")),
+    Row("ov7b_cli", "v5e:16x16", LONG),
     Row("ov7b_cli", "2*v5e:16x16", ("data.batch_size=512",)),
 )
 HEAD = (

@@ -46,6 +46,6 @@ def get_config() -> ConfigDict:
         tiles_per_row=4,
     )
     config.eval.update(path="val.json", batch_size=64, max_new_tokens=4)
-    config.optimizer.update(warmup_ratio=0.02, weight_decay=0.1)
-    config.total_steps = 8000
+    config.optimizer.warmup_ratio = 0.02
+    config.total_steps = 5000
     return config
