@@ -176,15 +176,15 @@ def one_layer_too_early(c: ModelConfig) -> ModelConfig:
     return dataclasses.replace(c, fusion=NoneConfig(vision_layer=c.vision.last_layer - 1))
 
 
-_vision = vlm.VLM.vision
+_look = vlm.VLM.look
 
 
-def post_normed(self, pixel_values, taps):
-    states = _vision(self, pixel_values, taps)
+def post_normed(self, *args: Any):
+    _, states = _look(self, *args)
     norm = self.variables["params"]["vision_tower"]["post_layernorm"]
     mean, variance = states.mean(-1, keepdims=True), states.var(-1, keepdims=True)
     states = (states - mean) * jax.lax.rsqrt(variance + self.config.vision.layer_norm_eps)
-    return states * norm["scale"] + norm["bias"]
+    return None, states * norm["scale"] + norm["bias"]
 
 
 def no_pre_norm(*args: Any, name: str) -> Any:
@@ -194,10 +194,11 @@ def no_pre_norm(*args: Any, name: str) -> Any:
 _run = stack.run
 
 
-def keep_cls_drop_last(*args: Any, points: Any = (), **kwargs: Any) -> Any:
-    if points:  # only the tower visits here
-        kwargs["visit"] = lambda x, _: (x, x[:, :-1])
-    return _run(*args, points=points, **kwargs)
+def keep_cls_drop_last(*args: Any, **kwargs: Any) -> Any:
+    carry, outs = _run(*args, **kwargs)
+    if isinstance(carry, jax.Array):  # the tower's; its first token is dropped next
+        carry = jnp.roll(carry, 1, axis=1)
+    return carry, outs
 
 
 # --- decoder -------------------------------------------------------------------------------------
@@ -219,23 +220,24 @@ def offset_weights(params: Params) -> None:
 _attention = decoder.attention
 
 
-def across_segments(q, k, v, *, segments, causal=False):
-    return _attention(q, k, v, causal=causal)
+def across_segments(q, k, v, segment_ids, **kwargs: Any):
+    return _attention(q, k, v, None, **kwargs)
 
 
-def not_causal(q, k, v, *, segments, causal=False):
-    return _attention(q, k, v, segments=segments)
+def not_causal(q, k, v, segment_ids, **kwargs: Any):
+    return _attention(q, k, v, segment_ids, **{**kwargs, "causal": False})
 
 
-def tiled_key_heads(q, k, v, **kwargs: Any):
+def tiled_key_heads(q, k, v, segment_ids, **kwargs: Any):
     """Query head h reads key head h mod G, where it should be h // (H / G)."""
     repeats = q.shape[2] // k.shape[2]
-    return _attention(q, jnp.tile(k, (1, 1, repeats, 1)), jnp.tile(v, (1, 1, repeats, 1)), **kwargs)
+    k, v = (jnp.tile(x, (1, 1, repeats, 1)) for x in (k, v))
+    return _attention(q, k, v, segment_ids, **kwargs)
 
 
-def unscaled_by_width(q, k, v, **kwargs: Any):
+def unscaled_by_width(q, k, v, segment_ids, **kwargs: Any):
     """Scores scaled by the width of all heads together."""
-    return _attention(q * q.shape[2] ** -0.5, k, v, **kwargs)
+    return _attention(q * q.shape[2] ** -0.5, k, v, segment_ids, **kwargs)
 
 
 # --- the list ------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ def _both(case: str) -> Iterator[Mutation]:
         f"the {which[0]} layer, not the {which[1]}", case, one_layer_too_far, one_layer_more
     )
     yield Mutation("one vision layer too early", case, one_layer_too_early)
-    yield Mutation("post_layernorm applied", case, patch=(vlm.VLM, "vision", post_normed))
+    yield Mutation("post_layernorm applied", case, patch=(vlm.VLM, "look", post_normed))
     yield Mutation(
         "packed samples see each other", case, patch=(decoder, "attention", across_segments)
     )
