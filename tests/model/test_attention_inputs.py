@@ -27,10 +27,10 @@ def ours(case, params, tiles, monkeypatch):
     caught = []
     attention = vision.attention
 
-    def catch(q, k, v):
+    def catch(q, k, v, segment_ids, **kwargs):
         if len(q) == tiles.shape[1]:  # and not flax, looking at shapes with an example of one
             caught.append([np.asarray(x) for x in (q, k, v)])
-        return attention(q, k, v)
+        return attention(q, k, v, segment_ids, **kwargs)
 
     monkeypatch.setattr(vision, "attention", catch)
     model = build(case.config, oracle.LOOPED)
