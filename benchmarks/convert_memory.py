@@ -1,8 +1,8 @@
 """Peak memory of `convert.py` on generated checkpoints of 1B and 3B parameters.
 
-    python benchmarks/convert_memory.py                     # from-hf, 1B and 3B
-    python benchmarks/convert_memory.py --to_hf             # to-hf too
-    python benchmarks/convert_memory.py --sizes 1B --bin    # bin-to-safetensors too (needs torch)
+    python -m benchmarks.convert_memory                     # from-hf, 1B and 3B
+    python -m benchmarks.convert_memory --to_hf             # to-hf too
+    python -m benchmarks.convert_memory --sizes 1B --bin    # bin-to-safetensors too (needs torch)
 
 Writes random weights in a temporary folder (up to 30 GB for 3B with --to_hf; --folder says where),
 runs each conversion in a process of its own and prints its peak resident memory next to the bound:
@@ -24,16 +24,14 @@ from typing import Any
 
 import numpy as np
 
+from cli_jax.config import ImageConfig, ModelConfig, TextConfig, VisionConfig
+from cli_jax.hf import names
+from cli_jax.hf.config import ONEVISION_PINPOINTS
+from cli_jax.hf.config_out import config_json
+from cli_jax.hf.tensorfile import BFLOAT16
+from cli_jax.hf.write import write_json, write_tensors
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from cli_jax.config import ImageConfig, ModelConfig, TextConfig, VisionConfig  # noqa: E402
-from cli_jax.hf import names  # noqa: E402
-from cli_jax.hf.config import ONEVISION_PINPOINTS  # noqa: E402
-from cli_jax.hf.config_out import config_json  # noqa: E402
-from cli_jax.hf.tensorfile import BFLOAT16  # noqa: E402
-from cli_jax.hf.write import write_json, write_tensors  # noqa: E402
-
 BOUND_GB = 1.5
 VISION = VisionConfig()
 IMAGE = ImageConfig(grid_pinpoints=ONEVISION_PINPOINTS)
@@ -197,9 +195,10 @@ def main() -> int:
                 itemsize = 4 if command == "to-hf" else 2  # float32 masters, bfloat16 releases
                 # In a process of its own: a child's peak is at least its parent's size at the fork.
                 subprocess.run(
-                    [sys.executable, __file__, "--generate", command, size, str(source)],
+                    [sys.executable, "-m", __spec__.name, "--generate", command, size, str(source)],
                     check=True,
                     env=ENVIRONMENT,
+                    cwd=ROOT,
                 )
                 peak, seconds = measure([command, str(source), str(out)])
                 bound = BOUND_GB + largest * itemsize / 1e9

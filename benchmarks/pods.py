@@ -1,7 +1,7 @@
 """The table of docs/pods.md: which config fits on which TPUs, and what bounds its step.
 
-    python benchmarks/pods.py                        # all rows, some 4 minutes each
-    python benchmarks/pods.py --only ov7b_cli --out runs/pods
+    python -m benchmarks.pods                        # all rows, some 4 minutes each
+    python -m benchmarks.pods --only ov7b_cli --out runs/pods
 
 Every row is a dry run (`train.py --dry_run`) in a process of its own: the training step compiled by
 the TPU compiler (the `tpu` extra) for described chips. Writes OUT/<row>.json and OUT/table.md, and

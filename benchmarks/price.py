@@ -1,7 +1,7 @@
 """What Cross-Layer Injection costs on named rows of LLaVA-OneVision-7B: FLOPs and memory.
 
-    python benchmarks/price.py                          # FLOPs, counted from the shapes
-    python benchmarks/price.py --compile v5p:2x2x2      # also temporaries, by the TPU compiler
+    python -m benchmarks.price                          # FLOPs, counted from the shapes
+    python -m benchmarks.price --compile v5p:2x2x2      # also temporaries, by the TPU compiler
 
 A row holds one picture and 256 tokens of text. FLOPs are those of an update in which everything is
 trained. Temporaries are the compiled step's beyond those of the baseline, against the size of the
@@ -12,24 +12,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import jax
 
-from cli_jax.dryrun import flops  # noqa: E402
-from cli_jax.dryrun.chips import Topology, describe  # noqa: E402
-from cli_jax.dryrun.compile import compile_for  # noqa: E402
-from cli_jax.experiment import Experiment, from_dict  # noqa: E402
-from cli_jax.fusion import registry  # noqa: E402
-from cli_jax.fusion.base import Row  # noqa: E402
-from cli_jax.fusion.cli import CLIConfig  # noqa: E402
-from cli_jax.fusion.none import NoneConfig  # noqa: E402
-from cli_jax.image.anyres import layout  # noqa: E402
-from configs import ov7b_cli  # noqa: E402
+from cli_jax.dryrun import flops
+from cli_jax.dryrun.chips import Topology, describe
+from cli_jax.dryrun.compile import compile_for
+from cli_jax.experiment import Experiment, from_dict
+from cli_jax.fusion import registry
+from cli_jax.fusion.base import Row
+from cli_jax.fusion.cli import CLIConfig
+from cli_jax.fusion.none import NoneConfig
+from cli_jax.image.anyres import layout
+from configs import ov7b_cli
 
 TEXT = 256
 PICTURES = {"one tile": (384, 384), "640x480": (640, 480), "37 tiles": (2304, 2304)}
@@ -77,6 +72,7 @@ def main() -> None:
     parser.add_argument("--compile", default="", help="topology for the temporaries")
     parser.add_argument("--choices", type=int, default=1, help="how many of them to compile")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # the TPU compiler is all that is needed of a TPU
     experiment = from_dict(ov7b_cli.get_config())
     rates = dict.fromkeys(flops.OWNERS, 1e-5)
     print("| row | tiles | visual tokens | baseline TFLOP", *CHOICES, sep=" | ", end=" |\n")

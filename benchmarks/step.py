@@ -1,8 +1,8 @@
 """One training step, ours and transformers' on torch: same weights, same inputs, side by side.
 
-    python benchmarks/step.py                               # 12M parameters, CPU, float32
-    python benchmarks/step.py --fusion cli                  # ours with CLI against torch's baseline
-    python benchmarks/step.py --size 0p5b --dtype bfloat16 --rows 4 --compile   # a GPU
+    python -m benchmarks.step                               # 12M parameters, CPU, float32
+    python -m benchmarks.step --fusion cli                  # ours with CLI against torch's baseline
+    python -m benchmarks.step --size 0p5b --dtype bfloat16 --rows 4 --compile   # a GPU
 
 A step is forward, loss, backward, clipping and AdamW. Both sides start from the same random weights
 and see the same any-resolution rows; their first losses are compared before anything is timed. Then
@@ -19,41 +19,25 @@ import argparse
 import dataclasses
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room beside jax
+import jax
+import numpy as np
+import torch
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from cli_jax.config import ImageConfig, ModelConfig, TextConfig, VisionConfig  # noqa: E402
-from cli_jax.data.collate import Sizes, collate  # noqa: E402
-from cli_jax.dryrun import flops  # noqa: E402
-from cli_jax.experiment import (  # noqa: E402
-    CheckpointConfig,
-    ComputeConfig,
-    DataConfig,
-    EvalConfig,
-    Experiment,
-    LogConfig,
-    MeshConfig,
-    OptimizerConfig,
-    RoutingConfig,
-)
-from cli_jax.fusion import registry  # noqa: E402
-from cli_jax.parallel.memory import keep_freed_memory  # noqa: E402
-from cli_jax.train.initial import init_state  # noqa: E402
-from cli_jax.train.setup import Setup, make_setup  # noqa: E402
-from cli_jax.train.state import flatten  # noqa: E402
-from cli_jax.train.step import compile_step  # noqa: E402
-from tests.model import oracle, reference, samples  # noqa: E402
+from cli_jax.config import ImageConfig, ModelConfig, TextConfig, VisionConfig
+from cli_jax.data.collate import Sizes, collate
+from cli_jax.dryrun import flops
+from cli_jax.experiment import Experiment, from_dict
+from cli_jax.fusion import registry
+from cli_jax.parallel.memory import keep_freed_memory
+from cli_jax.train.initial import init_state
+from cli_jax.train.setup import Setup, make_setup
+from cli_jax.train.state import flatten
+from cli_jax.train.step import compile_step
+from tests.model import oracle, reference, samples
 
 PEAKS = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0}  # TFLOP/s, bfloat16, dense
 RATE, B1, B2, EPS, CLIP = 1e-4, 0.9, 0.999, 1e-8, 1.0
@@ -132,25 +116,40 @@ def our_batch(prompts: list[samples.Prompt], config: ModelConfig, length: int) -
 
 def experiment(config: ModelConfig, batch: Any, dtype: str, remat: str) -> Experiment:
     rows, length = batch["input_ids"].shape
-    data = DataConfig(
-        batch_size=rows,
-        row_length=length,
-        visual_per_row=batch["visual_position"].shape[1],
-        tiles_per_row=batch["pixel_values"].shape[1],
-        images_per_row=1,
-    )
-    optimizer = OptimizerConfig(
-        lr=RATE, b1=B1, b2=B2, eps=EPS, clip_norm=CLIP, schedule="constant", warmup_ratio=0.0
-    )
     on_cpu = jax.default_backend() == "cpu"
-    compute: Any = ComputeConfig(
-        dtype=dtype,  # type: ignore[arg-type]
-        scan_layers=not on_cpu,
-        remat=remat,  # type: ignore[arg-type]
-        loss_chunk=0 if on_cpu else 1024,
+    return from_dict(
+        {
+            "name": "step",
+            "model": {
+                "vision": dataclasses.asdict(config.vision),
+                "text": dataclasses.asdict(config.text),
+                "image": dataclasses.asdict(config.image),
+            },
+            "fusion": {"name": config.fusion_name},
+            "data": {
+                "batch_size": rows,
+                "row_length": length,
+                "visual_per_row": batch["visual_position"].shape[1],
+                "tiles_per_row": batch["pixel_values"].shape[1],
+                "images_per_row": 1,
+            },
+            "optimizer": {
+                "lr": RATE,
+                "b1": B1,
+                "b2": B2,
+                "eps": EPS,
+                "clip_norm": CLIP,
+                "schedule": "constant",
+                "warmup_ratio": 0.0,
+            },
+            "compute": {
+                "dtype": dtype,
+                "scan_layers": not on_cpu,
+                "remat": remat,
+                "loss_chunk": 0 if on_cpu else 1024,
+            },
+        }
     )
-    sections = (MeshConfig(), compute, CheckpointConfig(), LogConfig(), EvalConfig())
-    return Experiment("step", config, data, optimizer, *sections, RoutingConfig())
 
 
 def ours(setup: Setup, params: dict[str, Any], batch: Any) -> Callable[[int], float]:
@@ -221,6 +220,7 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=0.0, help="TFLOP/s of the device")
     args = parser.parse_args()
 
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room, too
     keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     size = SIZES[args.size]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from cli_jax.dryrun import flops, hlo
 from cli_jax.dryrun.chips import DCN_BANDWIDTH, Topology
@@ -39,7 +40,7 @@ def bounds(
     state = compiled.setup.state
     # Forward, repetition and backward each read the weights in the compute dtype, whole but for
     # what `tensor` splits; the optimizer reads and writes everything once, as it is split.
-    width = 2 if experiment.compute.dtype == "bfloat16" else 4
+    width = jnp.dtype(experiment.compute.dtype).itemsize
     weights = sum(x.size for x in jax.tree.leaves(state.params)) * width
     weights /= compiled.setup.mesh.shape["tensor"]
     passes = 3 * experiment.optimizer.accumulate
@@ -62,7 +63,7 @@ def bank_reads(experiment: Experiment) -> float:
     strategy = registry.of(model)
     points = len(strategy.decoder_layers(model.fusion, model.text))
     taps = len(strategy.banked_taps(model.fusion, model.vision))
-    width = 2 if experiment.compute.dtype == "bfloat16" else 4
+    width = jnp.dtype(experiment.compute.dtype).itemsize
     one = taps * data.visual_per_row * model.text.hidden_size * width
     times = 3 if experiment.compute.remat != "none" else 2
     return float(data.batch_size * points * times * one)

@@ -29,7 +29,7 @@ class Chip:
     per_chip: int = 1  # devices of JAX on one chip
 
 
-_GIB = 2**30
+_GIB = 2.0**30
 _CHIPS = {
     "v4": Chip("TPU v4", 275e12, 32 * _GIB, 1228e9, 300e9),
     "v5e": Chip("TPU v5e", 197e12, 16 * _GIB, 819e9, 200e9),
@@ -92,5 +92,4 @@ def describe(name: str) -> Topology:
         for f in dataclasses.fields(chip)
         if isinstance(getattr(chip, f.name), float)
     }
-    share["hbm_bytes"] = chip.hbm_bytes / per_chip
     return Topology(name, dataclasses.replace(chip, **share, per_chip=per_chip), devices, slices)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from cli_jax.dryrun.chips import Topology
 from cli_jax.dryrun.compile import Compiled, compile_for
@@ -15,16 +16,17 @@ from cli_jax.experiment import ConfigError, Experiment
 from cli_jax.parallel.mesh import axis_sizes
 
 _BLOCK = 512  # rows are cut to multiples of it: the attention kernel's largest block
-Change = tuple[str, Experiment]  # what to put on the command line, and what that makes
+Settings = dict[str, Any]  # "section.field" -> value, as on the command line
 
 
 def propose(
     experiment: Experiment, topology: Topology, say: Callable[[str], None]
 ) -> tuple[str, Compiled] | None:
     """The first change that fits, as command-line settings, with what it compiled to."""
-    for settings, changed in _changes(experiment, len(topology.devices)):
+    for change in _changes(experiment, len(topology.devices)):
+        settings = _flags(change)
         try:
-            compiled = compile_for(changed, topology)
+            compiled = compile_for(_with(experiment, change), topology)
         except ConfigError as error:
             say(f"  {settings}: not possible ({error})")
             continue
@@ -36,48 +38,43 @@ def propose(
     return None
 
 
-def _changes(experiment: Experiment, devices: int) -> Iterator[Change]:
-    """Ever stronger changes; each but the last kind goes on from the one before it."""
-    done: list[str] = []
+def _flags(settings: Settings) -> str:
+    return " ".join(f"--config.{name}={value}" for name, value in settings.items())
 
-    def settings(name: str, value: object) -> str:
-        done.append(f"--config.{name}={value}")
-        return " ".join(done)
 
+def _with(experiment: Experiment, settings: Settings) -> Experiment:
+    for name, value in settings.items():
+        section, field = name.split(".")
+        changed = dataclasses.replace(getattr(experiment, section), **{field: value})
+        experiment = dataclasses.replace(experiment, **{section: changed})
+    return experiment
+
+
+def _changes(experiment: Experiment, devices: int) -> Iterator[Settings]:
+    """Ever stronger changes: rematerialization and microbatches stay when others are tried."""
+    done: Settings = {}
     if experiment.compute.remat not in ("full", "offload"):
-        compute = dataclasses.replace(experiment.compute, remat="full")
-        experiment = dataclasses.replace(experiment, compute=compute)
-        yield settings("compute.remat", "full"), experiment
+        done = {"compute.remat": "full"}
+        yield done
     data, fsdp, _ = axis_sizes(experiment.mesh, experiment.model, devices)
     rows = experiment.data.batch_size // (data * fsdp)  # per device and update
-    more = [n for n in range(experiment.optimizer.accumulate + 1, rows + 1) if rows % n == 0]
-    for parts in more:
-        optimizer = dataclasses.replace(experiment.optimizer, accumulate=parts)
-        changed = dataclasses.replace(experiment, optimizer=optimizer)
-        yield " ".join([*done, f"--config.optimizer.accumulate={parts}"]), changed
-    if more:
-        settings("optimizer.accumulate", more[-1])
-        experiment = dataclasses.replace(
-            experiment, optimizer=dataclasses.replace(experiment.optimizer, accumulate=more[-1])
-        )
+    parts = experiment.optimizer.accumulate
+    for more in range(parts + 1, rows + 1):
+        if rows % more == 0:
+            done, parts = done | {"optimizer.accumulate": more}, more
+            yield done
     if experiment.compute.remat != "offload":
-        compute = dataclasses.replace(experiment.compute, remat="offload")
-        changed = dataclasses.replace(experiment, compute=compute)
-        yield " ".join([*done, "--config.compute.remat=offload"]), changed
+        yield done | {"compute.remat": "offload"}
     for tensor in _tensor_sizes(experiment, devices):
-        # Fewer rows are worked on at a time: an update needs no more devices than before.
-        parts = max(experiment.optimizer.accumulate // tensor, 1)
-        changed = dataclasses.replace(
-            experiment,
-            mesh=dataclasses.replace(experiment.mesh, data=1, fsdp=-1, tensor=tensor),
-            optimizer=dataclasses.replace(experiment.optimizer, accumulate=parts),
-        )
-        flags = (
-            f"--config.mesh.data=1 --config.mesh.fsdp=-1 --config.mesh.tensor={tensor} "
-            f"--config.optimizer.accumulate={parts}"
-        )
-        yield " ".join([*done, flags]), changed
-    yield from _shorter(experiment, done)
+        yield done | {
+            "mesh.data": 1,
+            "mesh.fsdp": -1,
+            "mesh.tensor": tensor,
+            # Fewer rows are worked on at a time: an update needs no more of them than before.
+            "optimizer.accumulate": max(parts // tensor, 1),
+        }
+    for length, visual in _shorter(experiment):
+        yield done | {"data.row_length": length, "data.visual_per_row": visual}
 
 
 def _tensor_sizes(experiment: Experiment, devices: int) -> list[int]:
@@ -86,15 +83,11 @@ def _tensor_sizes(experiment: Experiment, devices: int) -> list[int]:
     return [n for n in sizes if experiment.data.batch_size % (devices // n) == 0]
 
 
-def _shorter(experiment: Experiment, done: list[str]) -> Iterator[Change]:
+def _shorter(experiment: Experiment) -> Iterator[tuple[int, int]]:
     """Rows of three quarters, a half and a quarter of the length, with visual slots to match."""
     data = experiment.data
     text = data.row_length - data.visual_per_row
     for share in (0.75, 0.5, 0.25):
         length = max(int(data.row_length * share) // _BLOCK, 1) * _BLOCK
-        visual = max(length - text, length // 2)
-        if length >= data.row_length:
-            continue
-        changed = dataclasses.replace(data, row_length=length, visual_per_row=visual)
-        flags = f"--config.data.row_length={length} --config.data.visual_per_row={visual}"
-        yield " ".join([*done, flags]), dataclasses.replace(experiment, data=changed)
+        if length < data.row_length:
+            yield length, max(length - text, length // 2)

@@ -38,32 +38,20 @@ def attention(
     A position attends to those of its row with its own segment id (to all of them without ids),
     and, if `causal`, to none after it. Rows shorter than a kernel's block use the plain form.
     """
-    return attention_output(
-        _attention(q_BxLxHxd, k_BxLxGxd, v_BxLxGxd, segment_ids_BxL, causal, heads, kernel)
-    )
-
-
-def _attention(
-    q_BxLxHxd: jax.Array,
-    k_BxLxGxd: jax.Array,
-    v_BxLxGxd: jax.Array,
-    segment_ids_BxL: jax.Array | None,
-    causal: bool,
-    heads: HeadAxes,
-    kernel: str,
-) -> jax.Array:
     if q_BxLxHxd.shape[1] < SHORT:
         kernel = "xla"
     if kernel == "splash":
         from cli_jax.model.kernels.splash import splash_attention  # Pallas takes a second to load
 
-        return splash_attention(
+        out = splash_attention(
             q_BxLxHxd, k_BxLxGxd, v_BxLxGxd, segment_ids_BxL, causal=causal, heads=heads
         )
-    if kernel == "cudnn":
-        return cudnn_attention(q_BxLxHxd, k_BxLxGxd, v_BxLxGxd, segment_ids_BxL, causal=causal)
-    segments = None if segment_ids_BxL is None else (segment_ids_BxL, segment_ids_BxL)
-    return plain_attention(q_BxLxHxd, k_BxLxGxd, v_BxLxGxd, segments=segments, causal=causal)
+    elif kernel == "cudnn":
+        out = cudnn_attention(q_BxLxHxd, k_BxLxGxd, v_BxLxGxd, segment_ids_BxL, causal=causal)
+    else:
+        segments = None if segment_ids_BxL is None else (segment_ids_BxL, segment_ids_BxL)
+        out = plain_attention(q_BxLxHxd, k_BxLxGxd, v_BxLxGxd, segments=segments, causal=causal)
+    return attention_output(out)
 
 
 def plain_attention(

@@ -26,8 +26,8 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 # XLA:CPU hands single products to its library by default, with a transposed copy that is fused
 # with the derivative of an activation and walks memory against its order. Left in fusions, products
-# transpose by themselves: a step of 12M parameters takes three quarters of the time
-# (benchmarks/step.py).
+# transpose by themselves: a step of 12M parameters takes three quarters of the time on 2 cores
+# (`python -m benchmarks.step`, 2026-11-21).
 _CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
 }

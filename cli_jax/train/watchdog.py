@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 
 _STDERR = 2  # the descriptor: `sys.stderr` may be replaced by something that cannot be written to
 _GRACE = 10.0  # seconds that the thread has for its message before the C level goes without one
@@ -37,12 +36,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._changed:
             self._closed = True
         self._stop()

@@ -183,24 +183,20 @@ def scans(jaxpr):
             yield from scans(inner)
 
 
+def total(h, weights, visits, visit, **settings):
+    """The sum of what nine layers make, scanned and visited before layers 0, 3 and 6."""
+    points = (0, 3, 6)
+    shape = {"stop": 9, "unroll": False, "points": points}
+    return jnp.sum(run(layer, h, weights, visit=visit, visits=visits, **shape, **settings)[0])
+
+
 def test_layers_between_visits_never_see_what_visits_use():
     """Forward and backward: the scans over plain layers take and give no array of the visits."""
     bank = jnp.ones((6, 3, D))
     h, weights, visits = values(9, (0, 3, 6))
 
     def scalar(h, weights, visits, bank):
-        return jnp.sum(
-            run(
-                layer,
-                h,
-                weights,
-                stop=9,
-                unroll=False,
-                points=(0, 3, 6),
-                visit=lambda h, x: (h + jnp.sum(bank * x, 0), None),
-                visits=visits,
-            )[0]
-        )
+        return total(h, weights, visits, lambda h, x: (h + jnp.sum(bank * x, 0), None))
 
     traced = jax.make_jaxpr(jax.grad(scalar, (0, 1, 2, 3)))(h, weights, visits, bank)
     plain, visiting = [], []
@@ -218,19 +214,7 @@ def test_a_visit_keeps_nothing_beside_its_layer():
     h, weights, visits = values(9, (0, 3, 6))
 
     def scalar(h, weights, visits):
-        return jnp.sum(
-            run(
-                layer,
-                h,
-                weights,
-                stop=9,
-                unroll=False,
-                points=(0, 3, 6),
-                visit=lambda h, x: (jnp.sin(h) + x, None),
-                visits=visits,
-                remat="full",
-            )[0]
-        )
+        return total(h, weights, visits, lambda h, x: (jnp.sin(h) + x, None), remat="full")
 
     traced = jax.make_jaxpr(jax.grad(scalar))(h, weights, visits)
     saved = [v.aval.shape for scan in scans(traced.jaxpr) for v in scan.outvars]

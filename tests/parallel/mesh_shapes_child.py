@@ -95,16 +95,11 @@ def descend(setup: Setup, data):
     return losses, first, step.as_text()
 
 
-def looped_reductions(text):
-    """Bytes of the largest reduction that a loop repeats."""
-    return max(
-        (
-            hlo.size(line.type)
-            for line in hlo.instructions(text)
-            if line.op.startswith("all-reduce") and line.times > 1
-        ),
-        default=0,
-    )
+def reductions(text):
+    """Bytes of all reductions that run once, and of the largest one that a loop repeats."""
+    found = [x for x in hlo.instructions(text) if x.op.startswith("all-reduce")]
+    once = sum(hlo.size(line.type) for line in found if line.times == 1)
+    return once, max((hlo.size(line.type) for line in found if line.times > 1), default=0)
 
 
 def gather_collectives(setup: Setup, batch):
@@ -145,13 +140,13 @@ def main(folder: Path):
             "losses": got,
             "gradient_error": max(errors.values()),
             "worst": max(errors, key=errors.get),
-            "looped_reduction": looped_reductions(text) if fsdp == tensor == 1 else None,
+            "reductions": reductions(text) if fsdp == tensor == 1 else None,
             "gather_collectives": gather_collectives(setup, data[0]) if tensor == 1 else None,
         }
     sizes = {path: g.nbytes for path, g in grads.items()}
     print(json.dumps({
         "losses": losses, "meshes": found, "packed": float(packed), "tiles": len(tiles),
-        "largest_gradient": max(sizes.values()),
+        "largest_gradient": max(sizes.values()), "gradients": sum(sizes.values()),
     }))  # fmt: skip
 
 

@@ -40,7 +40,9 @@ def test_losses_and_gradients_are_those_of_one_device(found):
 
 def test_copies_of_the_model_reduce_their_gradients_once(found):
     """Two microbatches: inside their loop nothing as large as a weight is reduced."""
-    assert found["meshes"]["8x1x1"]["looped_reduction"] < found["largest_gradient"] / 8
+    once, in_a_loop = found["meshes"]["8x1x1"]["reductions"]
+    assert once >= 0.9 * found["gradients"]  # without this nothing might have been recognized
+    assert in_a_loop < found["largest_gradient"] / 8
 
 
 def test_the_any_res_gather_needs_no_communication(found):

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 LANES = 128  # the kernel's block sizes are multiples of this
-MAX_BLOCK = 512  # larger ones overflow the core's memory in the backward pass of wide heads
+MAX_BLOCK = 512  # compiled for v5e, v5p and v6e; larger ones were not tried
 PAD_SEGMENT = -1  # of the padding at a row's end: its queries see its own keys and nothing else
 
 
