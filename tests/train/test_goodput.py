@@ -24,8 +24,8 @@ def test_the_kinds_sum_to_the_wall_time(go, setup, tmp_path, capsys):
     spent = summary["seconds"]
     assert spent.keys() == KINDS.keys()
     assert sum(spent.values()) == pytest.approx(summary["wall_seconds"])
-    assert wall - 1 < summary["wall_seconds"] <= wall
-    assert 0.7 <= spent["data"] < 1.5
+    assert summary["wall_seconds"] <= wall
+    assert spent["data"] >= 0.7  # seven updates; how much more depends on the machine
     assert spent["restart"] == 0
     assert min(spent[kind] for kind in ("init", "step", "save")) > 0
     assert summary["goodput"] == pytest.approx(spent["step"] / summary["wall_seconds"])
