@@ -31,11 +31,15 @@ POLICIES: dict[str, Callable | None] = {
 }
 
 
-def rematerialize(function: Callable, policy: str) -> Callable:
-    """Wraps a function so that its backward pass recomputes what the named policy does not save."""
+def rematerialize(function: Callable, policy: str, *, looped: bool = True) -> Callable:
+    """Wraps a function so that its backward pass recomputes what the named policy does not save.
+
+    `looped`: it runs inside a loop that stays one. Outside of it the compiler would find the same
+    values computed twice, and keep the first.
+    """
     if policy == "none":
         return function
-    return jax.checkpoint(function, policy=POLICIES[policy], prevent_cse=False)
+    return jax.checkpoint(function, policy=POLICIES[policy], prevent_cse=not looped)
 
 
 def layer_input(x: jax.Array) -> jax.Array:

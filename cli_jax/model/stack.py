@@ -8,6 +8,7 @@ Equally spaced visits become one outer scan, so the compiled program does not gr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -111,11 +112,14 @@ def run(
             carry, _ = layer(carry, one_layer)
         return carry, out
 
-    step = rematerialize(visit_then_layer, remat)
-
-    def visit_then_run(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
+    def visit_then_run(carry: PyTree, xs: PyTree, looped: bool) -> tuple[PyTree, PyTree]:
         one_visit, some_layers = xs
         first = jax.tree.map(lambda x: x[0], some_layers)
+        if not looped:
+            # Backward, the gradients of this step's weights before anything that follows: put off,
+            # they hold its activations meanwhile.
+            carry, one_visit, first = jax.lax.optimization_barrier((carry, one_visit, first))
+        step = rematerialize(visit_then_layer, remat, looped=looped)
         carry, out = step(carry, (one_visit, first))
         if some_layers is not None:
             rest = jax.tree.map(lambda x: x[1:], some_layers)
@@ -132,9 +136,9 @@ def run(
                 lambda x, size=size, count=count: x.reshape(count, size, *x.shape[1:]),
                 part(layers, start, start + size * count),
             )
-        carry, out = scan(
-            visit_then_run, carry, (part(visits, done, done + count), some_layers), count
-        )
+        # A loop of one turn is none to the compiler.
+        group = functools.partial(visit_then_run, looped=count > 1)
+        carry, out = scan(group, carry, (part(visits, done, done + count), some_layers), count)
         outs.append(out)
         done += count
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
