@@ -50,8 +50,8 @@ def heatmap(
     figure.suptitle(title, fontsize=9, wrap=True)
     axes.set_xlabel(column_title)
     axes.set_ylabel(row_title)
-    axes.set_xticks(*_ticks(columns))
-    axes.set_yticks(*_ticks(rows))
+    axes.set_xticks(*_ticks(columns), fontsize=_font(columns))
+    axes.set_yticks(*_ticks(rows), fontsize=_font(rows))
     figure.colorbar(image, ax=axes, label=value_title)
     if max(values.shape) <= ANNOTATE_UP_TO:
         middle = (low + high) / 2
@@ -114,11 +114,11 @@ def similarity_map(
         axes.plot(
             medoid, medoid, "o", color="tab:red", markeredgecolor="white", markersize=7, zorder=3
         )
-    frame.set_label("group")
-    axes.lines[-1].set_label("its medoid")
+    frame.set_label("groups")
+    axes.lines[-1].set_label("medoids " + ", ".join(str(group[2]) for group in groups))
     layers = [str(layer) for layer in range(E)]
-    axes.set_xticks(*_ticks(layers), fontsize=7)
-    axes.set_yticks(*_ticks(layers), fontsize=7)
+    axes.set_xticks(*_ticks(layers), fontsize=_font(layers))
+    axes.set_yticks(*_ticks(layers), fontsize=_font(layers))
     axes.set_xlabel("vision layer (0 = embeddings)")
     axes.set_ylabel("vision layer")
     figure.suptitle(title, fontsize=9, wrap=True)
@@ -164,6 +164,11 @@ def _ticks(labels: Sequence[str]) -> tuple[list[int], list[str]]:
         every *= 2
     index = list(range(0, len(labels), every))
     return index, [labels[i] for i in index]
+
+
+def _font(labels: Sequence[str]) -> int:
+    """Points in which that many labels do not touch."""
+    return 10 if len(labels) <= 20 else 7
 
 
 def _save(figure: Any, path: epath.PathLike) -> None:
