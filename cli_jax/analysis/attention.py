@@ -2,7 +2,7 @@
 
 mass[t] is the attention probability that decoder layer t gives to image positions, averaged over
 its heads, over the text tokens behind the last image token of a prompt, and over prompts
-(docs/method.md section 4). Where the curve has settled, image tokens have little left to say.
+(docs/method.md, "Looking inside"). Where it has settled, image tokens have little left to say.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class Mass:
 def saturation(curve: np.ndarray, tolerance: float = TOLERANCE) -> int | None:
     """The first layer from which the curve [n] stays within `tolerance` of its last quarter's mean.
 
-    The last quarter is n // 4 layers, at least one. None where the curve never settles: even the
-    last layer is further from that mean.
+    The last quarter is n // 4 layers, at least one; a curve of fewer than eight layers settles at
+    its last one at the latest. None where the curve never settles: even the last layer is further
+    from that mean.
     """
     end = curve[-max(len(curve) // 4, 1) :].mean()
     away = np.flatnonzero(np.abs(curve - end) > tolerance)
@@ -230,6 +231,6 @@ def _draw_heads(mass_nxH: np.ndarray, path: epath.Path, title: str) -> None:
         title=title,
         row_title="decoder layer",
         column_title="head",
-        value_title="attention probability on image tokens",
+        value_title="attention on image tokens",
         limits=(0.0, float(mass_nxH.max())),
     )

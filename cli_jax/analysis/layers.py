@@ -1,6 +1,6 @@
 """How alike are the layers of the vision tower, and which few stand for all?
 
-Layer-wise representation similarity (docs/method.md section 3): the cosine similarity of a patch
+Layer-wise representation similarity (docs/method.md, "Looking inside"): the cosine of a patch
 token's hidden states at two layers, averaged over tokens and pictures, for every pair of layers.
 """
 

@@ -189,6 +189,7 @@ def test_no_square_matrix_is_made():
     [
         ([0.6, 0.3, 0.049, 0.04, 0.03, 0.03, 0.03, 0.03], 2),  # 0.03 is the end
         ([0.6, 0.03, 0.06, 0.04, 0.03, 0.03, 0.03, 0.03], 3),  # leaves again at layer 2
+        ([0.0, 0.0, 0.1, 0.3, 0.3, 0.3, 0.3, 0.3], 3),  # from below
         ([0.03] * 8, 0),  # settled from the start
         ([0.1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.6], None),  # the end is not one
         ([0.9, 0.5, 0.1], 2),  # a quarter of three layers is one

@@ -49,6 +49,10 @@ def transformers_view(checkpoint, folder):
     import transformers
 
     run = open_run(checkpoint)
+    assert (
+        run.experiment.data.template
+        == {"qwen2": "qwen_1_5", "llama": "v1"}[run.experiment.model.text.model_type]
+    )
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager"
     )
