@@ -84,7 +84,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     need = parser.add_argument_group("what to ask whom")
-    need.add_argument("--workdir", required=True, help="folder that train.py has written")
+    need.add_argument(
+        "--workdir",
+        required=True,
+        help="folder that train.py has written, or that of a Hugging Face checkpoint",
+    )
     need.add_argument("--data", required=True, help="JSON or JSONL file with questions")
     need.add_argument(
         "--image_root", default="", help="folder of the pictures (default: that of --data)"

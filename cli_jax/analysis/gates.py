@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,22 +18,14 @@ import numpy as np
 from etils import epath
 
 from cli_jax.analysis.plots import heatmap, require_matplotlib
+from cli_jax.analysis.prompts import AnalysisError, Findings, Prompts
 from cli_jax.batch import Batch
 from cli_jax.config import ModelConfig
-from cli_jax.data import Sample
 from cli_jax.evaluate.output import writable_folder
-from cli_jax.evaluate.progress import progress_bar
-from cli_jax.evaluate.prompts import load_prompts, prompt_spec, read_questions
 from cli_jax.evaluate.run import whole_rows
 from cli_jax.experiment import Experiment
 from cli_jax.fusion import registry
-from cli_jax.generate.buckets import batches
 from cli_jax.generate.engine import split_rows
-from cli_jax.text import load_tokenizer
-
-
-class GateError(ValueError):
-    """Gates that cannot be shown; the message says why."""
 
 
 @dataclasses.dataclass
@@ -69,12 +60,12 @@ class GateMeans:
 def gate_layers(model: ModelConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the T decoder layers and K taps that gates stand for; a mean of layers is `3+4`.
 
-    Raises GateError for a strategy without gates.
+    Raises AnalysisError for a strategy without gates.
     """
     strategy = registry.of(model)
     taps = strategy.gated_taps(model.fusion, model.vision)
     if not taps:
-        raise GateError(
+        raise AnalysisError(
             f"the fusion strategy {model.fusion_name!r} of this run has no gates "
             f"({model.fusion}); train one that has, such as fusion.name=cli with agf=gated"
         )
@@ -95,16 +86,11 @@ def mean_gates(
     """Mean gates over the pictures of a LLaVA-format file, and {id: reason} of rows left out.
 
     Every row contributes the gates of its prompt (the last question and what stands before it); a
-    channel gate enters with its mean over channels. Raises GateError if there is no gate or no
+    channel gate enters with its mean over channels. Raises AnalysisError if there is no gate or no
     picture at all.
     """
     means = GateMeans(*gate_layers(experiment.model))
-    questions = read_questions(path, limit)
-    spec = prompt_spec(experiment, load_tokenizer(experiment.data.tokenizer), new_tokens=0)
-    rows = whole_rows(batch_size or experiment.eval.batch_size)
-    root = str(image_root or Path(path).parent)
-    left_out: dict[str, str] = {}
-    bar = progress_bar(len(questions), "gates")
+    prompts = Prompts(experiment, path, image_root, limit=limit, what="gates")
 
     @jax.jit
     def forward(params: Any, batch: Batch) -> jax.Array:
@@ -112,25 +98,14 @@ def mean_gates(
         gates = jnp.mean(gates, axis=-1) if gates.ndim == 5 else gates
         return jnp.transpose(gates, (1, 2, 0, 3))
 
-    def usable() -> Iterator[tuple[int, Sample]]:
-        for number, prompt in load_prompts(questions, root, spec):
-            if isinstance(prompt, str):
-                left_out[questions[number].id] = prompt
-                bar.update()
-            else:
-                yield number, prompt
-
-    with bar:
-        for numbers, batch in batches(usable(), rows, spec.vision):
-            gates_BxIxTxK = jax.device_get(forward(params, batch))
-            for row, number in enumerate(numbers):
-                for image in np.flatnonzero(batch["image_segment"][row]):
-                    means.add(questions[number].category, gates_BxIxTxK[row, image])
-            bar.update(len(numbers))
+    for questions, batch in prompts.batches(whole_rows(batch_size or experiment.eval.batch_size)):
+        gates_BxIxTxK = jax.device_get(forward(params, batch))
+        for row, question in enumerate(questions):
+            for image in np.flatnonzero(batch["image_segment"][row]):
+                means.add(question.category, gates_BxIxTxK[row, image])
     if not means.pictures:
-        reasons = "; ".join(list(left_out.values())[:3]) or "no row has a picture"
-        raise GateError(f"{path} holds no picture whose gates could be read: {reasons}")
-    return means, left_out
+        raise prompts.nothing("picture whose gates could be read")
+    return means, prompts.left_out
 
 
 def save(means: GateMeans, folder: epath.Path, title: str) -> list[epath.Path]:
@@ -186,14 +161,14 @@ def analyze_gates(
     *,
     limit: int = 0,
     batch_size: int | None = None,
-) -> tuple[list[epath.Path], dict[str, str]]:
-    """`mean_gates`, then `save`: returns the files written and the rows left out."""
+) -> Findings:
+    """`mean_gates`, then `save`."""
     require_matplotlib()
     folder = writable_folder(output_dir)
     means, left_out = mean_gates(
         model, params, experiment, path, image_root, limit=limit, batch_size=batch_size
     )
     if jax.process_index():
-        return [], left_out
+        return Findings([], left_out)
     title = f"{experiment.name} on {Path(path).stem}"
-    return save(means, folder, title), left_out
+    return Findings(save(means, folder, title), left_out)

@@ -1,4 +1,4 @@
-"""Pictures as PNG files: a heatmap a paper could print, and training curves."""
+"""Pictures as PNG files: heatmaps a paper could print, and curves."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def heatmap(
     figure.suptitle(title, fontsize=9, wrap=True)
     axes.set_xlabel(column_title)
     axes.set_ylabel(row_title)
-    axes.set_xticks(*_ticks(columns))
-    axes.set_yticks(*_ticks(rows))
+    axes.set_xticks(*_ticks(columns), fontsize=_font(columns))
+    axes.set_yticks(*_ticks(rows), fontsize=_font(rows))
     figure.colorbar(image, ax=axes, label=value_title)
     if max(values.shape) <= ANNOTATE_UP_TO:
         middle = (low + high) / 2
@@ -90,6 +90,64 @@ def loss_curve(metrics: epath.PathLike, path: epath.PathLike) -> None:
     _save(figure, path)
 
 
+def similarity_map(
+    values: np.ndarray,
+    path: epath.PathLike,
+    *,
+    groups: Sequence[tuple[int, int, int]],
+    title: str,
+) -> None:
+    """Draws similarities [E, E] of layers 0..E-1, and (first, last, medoid) of groups of them."""
+    from matplotlib.patches import Rectangle
+
+    E = len(values)
+    side = min(3.2 + 0.16 * E, 7.0)
+    figure = _figure(side + 0.6, side)
+    axes = figure.add_subplot()
+    image = axes.imshow(values, origin="lower", cmap="viridis", vmax=1.0)
+    for first, last, medoid in groups:
+        size = last - first + 1
+        frame = Rectangle(
+            (first - 0.5, first - 0.5), size, size, fill=False, edgecolor="white", linewidth=1.8
+        )
+        axes.add_patch(frame)
+        axes.plot(
+            medoid, medoid, "o", color="tab:red", markeredgecolor="white", markersize=7, zorder=3
+        )
+    frame.set_label("groups")
+    axes.lines[-1].set_label("medoids " + ", ".join(str(group[2]) for group in groups))
+    layers = [str(layer) for layer in range(E)]
+    axes.set_xticks(*_ticks(layers), fontsize=_font(layers))
+    axes.set_yticks(*_ticks(layers), fontsize=_font(layers))
+    axes.set_xlabel("vision layer (0 = embeddings)")
+    axes.set_ylabel("vision layer")
+    figure.suptitle(title, fontsize=9, wrap=True)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, facecolor="0.6", frameon=True)
+    figure.colorbar(image, ax=axes, label="mean cosine similarity")
+    _save(figure, path)
+
+
+def attention_curve(
+    mass: np.ndarray, path: epath.PathLike, *, saturation: int | None, title: str
+) -> None:
+    """Draws attention mass [n] over decoder layers, and the layer from which it has settled."""
+    figure = _figure(5.6, 3.6)
+    axes = figure.add_subplot()
+    axes.plot(mass, color="tab:blue", marker="o", markersize=3.5, linewidth=1.4)
+    if saturation is not None:
+        axes.axvline(
+            saturation, color="tab:red", linestyle="--", linewidth=1.2, label=f"s = {saturation}"
+        )
+        axes.legend(frameon=False, title="saturation layer")
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("attention probability on image tokens")
+    axes.set_ylim(0, min(1.08 * float(mass.max()), 1.0))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    figure.suptitle(title, fontsize=9, wrap=True)
+    _save(figure, path)
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
     """Centered moving mean over a twentieth of the curve; shorter windows at both ends."""
     half = max(len(values) // 40, 1)
@@ -106,6 +164,11 @@ def _ticks(labels: Sequence[str]) -> tuple[list[int], list[str]]:
         every *= 2
     index = list(range(0, len(labels), every))
     return index, [labels[i] for i in index]
+
+
+def _font(labels: Sequence[str]) -> int:
+    """Points in which that many labels do not touch."""
+    return 10 if len(labels) <= 20 else 7
 
 
 def _save(figure: Any, path: epath.PathLike) -> None:

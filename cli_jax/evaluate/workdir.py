@@ -1,4 +1,4 @@
-"""Opening what training left in a workdir: the model with its parameters, ready to be asked."""
+"""Opening a trained model with its parameters, ready to be asked: a run's, or Hugging Face's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import jax
 from jax.sharding import Mesh
 
 from cli_jax import batch as batch_lib
-from cli_jax.experiment import Experiment, MeshConfig, load
+from cli_jax.experiment import ConfigError, Experiment, MeshConfig, load
+from cli_jax.hf import load as hf
+from cli_jax.hf.describe import describe, is_checkpoint
+from cli_jax.hf.error import ConversionError
 from cli_jax.model import vlm
 from cli_jax.parallel.mesh import make_mesh
 from cli_jax.parallel.rules import Rules, rules_for, shard_params
@@ -22,7 +25,10 @@ from cli_jax.train.state import Params
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained model; `params` are split over all devices of this machine."""
+    """A trained model; `params` are split over all devices of this machine.
+
+    step: of the checkpoint; 0 for one of Hugging Face.
+    """
 
     experiment: Experiment
     model: nn.Module
@@ -38,14 +44,20 @@ class Run:
             yield
 
 
-def open_run(workdir: str | Path, step: int | None = None) -> Run:
-    """Reads the config and a checkpoint (the newest one, or that of a step) of a workdir.
+def open_run(where: str | Path, step: int | None = None) -> Run:
+    """Opens a workdir (its newest checkpoint, or that of a step) or a Hugging Face checkpoint.
 
     The mesh of training plays no part: the parameters are split over the devices there are now.
-    Raises ConfigError without a config.json and CheckpointError without a readable checkpoint.
+    A Hugging Face checkpoint is a folder as `convert.py` writes it, or in any naming that it reads
+    without help; it is computed in bfloat16, on CPU in float32. Raises ConfigError without a
+    config.json, CheckpointError or ConversionError for parameters that cannot be read.
     """
-    experiment = load(workdir)
-    step = find_step(workdir, step)
+    if is_checkpoint(where):
+        if step is not None:
+            raise ConfigError(f"{where} is a Hugging Face checkpoint and has no steps: drop --step")
+        experiment = describe(where, "float32" if jax.default_backend() == "cpu" else "bfloat16")
+    else:
+        experiment, step = load(where), find_step(where, step)
     mesh = make_mesh(MeshConfig(), experiment.model)
     rules, _ = rules_for(experiment.model, mesh)
     model = vlm.build(experiment.model, experiment.compute)
@@ -61,4 +73,18 @@ def open_run(workdir: str | Path, step: int | None = None) -> Run:
     )
     boxed = jax.eval_shape(model.init, jax.random.key(0), row)["params"]
     abstract, _ = shard_params(boxed, mesh, rules)
-    return Run(experiment, model, load_params(workdir, step, abstract), step, mesh, rules)
+    if step is None:
+        params, step = _whole(where, experiment, abstract), 0
+    else:
+        params = load_params(where, step, abstract)
+    return Run(experiment, model, params, step, mesh, rules)
+
+
+def _whole(folder: str | Path, experiment: Experiment, abstract: Params) -> Params:
+    loaded = hf.load_params(folder, experiment.model, abstract, progress=True)
+    if loaded.missing:
+        raise ConversionError(
+            f"{folder} leaves {', '.join(loaded.missing)} to be trained: start a run from it "
+            "(config.init_from) and give that run's workdir"
+        )
+    return loaded.params

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cli_jax.config import ImageConfig, ModelConfig, TextConfig, VisionConfig
 from cli_jax.hf import names
@@ -42,6 +42,11 @@ class Checkpoint:
     absent: tuple[str, ...]
     notes: tuple[str, ...]
     appended_from: int | None
+
+    @property
+    def template(self) -> Literal["qwen_1_5", "v1"]:
+        """The chat template of the decoder's family (`data.template`); no file says it."""
+        return "qwen_1_5" if self.text.model_type == "qwen2" else "v1"
 
 
 def read(

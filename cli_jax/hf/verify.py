@@ -82,7 +82,7 @@ def _sample(
             raise ConversionError(f"--image {path} does not exist")
         spec = SampleSpec(
             tokenizer=load_tokenizer(str(folder)),
-            template="qwen_1_5" if checkpoint.text.model_type == "qwen2" else "v1",
+            template=checkpoint.template,
             labels="reference",
             image=checkpoint.image,
             vision=checkpoint.vision,

@@ -43,9 +43,11 @@ class Injection(NamedTuple):
     xs: Any
 
 
-# attend(q, k, v, cache, layer) -> (attention output, cache): training, prefill and decode differ
-# only in this function.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache | None, jax.Array], tuple]
+# attend(q, k, v, cache, layer) -> (attention output, cache): training, prefill, decode and watching
+# differ only in this function, and in what `cache` is.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple]
+# see(q [B, L, H, d], k [B, L, G, d]) -> arrays: of a layer's queries and keys, with their positions
+See = Callable[[jax.Array, jax.Array], Any]
 
 
 class Attention(nn.Module):
@@ -165,21 +167,37 @@ class Decoder(nn.Module):
         """
 
         def attend(q, k, v, cache, layer):
-            out = attention(
-                q,
-                k,
-                v,
-                segment_ids_BxL,
-                causal=True,
-                heads=("heads", "kv_heads"),
-                kernel=self.compute.attention,
-            )
-            return out, _write(cache, k, v, layer, 0)
+            return self._attend(q, k, v, segment_ids_BxL), _write(cache, k, v, layer, 0)
 
         cache = None
         if cache_length is not None:
             cache = self._empty_cache(h_BxLxD.shape[0], cache_length)
         return self._run(h_BxLxD, positions_BxL, attend, cache, injection)
+
+    def watch(
+        self,
+        h_BxLxD: jax.Array,
+        positions_BxL: jax.Array,
+        segment_ids_BxL: jax.Array,
+        *,
+        see: See,
+        injection: Injection | None = None,
+    ) -> tuple[jax.Array, Any, Any]:
+        """The same, but instead of a cache what `see` makes of every layer, stacked on axis 0."""
+        c, (B, L) = self.config, positions_BxL.shape
+        q, k = (
+            jax.ShapeDtypeStruct((B, L, heads, c.head_dim), self.dtype)
+            for heads in (c.num_attention_heads, c.num_key_value_heads)
+        )
+
+        def attend(q, k, v, seen, layer):
+            seen = jax.tree.map(lambda x, one: x.at[layer].set(one), seen, see(q, k))
+            return self._attend(q, k, v, segment_ids_BxL), seen
+
+        seen = jax.tree.map(
+            lambda x: jnp.zeros((c.num_hidden_layers, *x.shape), x.dtype), jax.eval_shape(see, q, k)
+        )
+        return self._run(h_BxLxD, positions_BxL, attend, seen, injection)
 
     def decode(
         self,
@@ -200,6 +218,10 @@ class Decoder(nn.Module):
 
         h, _, cache = self._run(h_BxD[:, None], positions_B[:, None], attend, cache, None)
         return h[:, 0], cache
+
+    def _attend(self, q, k, v, segment_ids_BxL) -> jax.Array:
+        axes, kernel = ("heads", "kv_heads"), self.compute.attention
+        return attention(q, k, v, segment_ids_BxL, causal=True, heads=axes, kernel=kernel)
 
     def _run(self, h, positions, attend, cache, injection):
         c = self.config

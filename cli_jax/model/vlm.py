@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from cli_jax.config import ComputeConfig, ModelConfig
 from cli_jax.fusion import registry
 from cli_jax.model.attention import kernel_for
-from cli_jax.model.decoder import Cache, Decoder
+from cli_jax.model.decoder import Cache, Decoder, See
 from cli_jax.model.gather import place
 from cli_jax.model.layers import partitioned
 from cli_jax.model.projector import Projector
@@ -63,15 +64,22 @@ class VLM(nn.Module):
 
     def __call__(self, batch: Batch) -> Output:
         """A batch (cli_jax/batch.py) -> hidden states and gates."""
-        hidden, gates, _ = self._forward(batch, None)
+        hidden, gates, _ = self._forward(batch, self.language_model)
         if self.is_initializing():
             self.logits(hidden[:1, :1])
         return Output(hidden, gates)
 
     def prefill(self, batch: Batch, cache_length: int) -> tuple[Output, Cache]:
         """The same, keeping keys and values in slots 0..L-1 of a cache of `cache_length` slots."""
-        hidden, gates, cache = self._forward(batch, cache_length)
+        decoder = functools.partial(self.language_model, cache_length=cache_length)
+        hidden, gates, cache = self._forward(batch, decoder)
         return Output(hidden, gates), cache
+
+    def watch(self, batch: Batch, see: See) -> tuple[Output, Any]:
+        """The same as a call, and what `see` makes of every decoder layer's queries and keys."""
+        decoder = functools.partial(self.language_model.watch, see=see)
+        hidden, gates, seen = self._forward(batch, decoder)
+        return Output(hidden, gates), seen
 
     def decode(
         self,
@@ -109,7 +117,7 @@ class VLM(nn.Module):
         outs, last = self.vision_tower(tiles, layers, stop, lambda x, own: emit(by_row(x), own), xs)
         return outs, by_row(last)
 
-    def _forward(self, batch: Batch, cache_length: int | None):
+    def _forward(self, batch: Batch, decoder: Callable[..., tuple]) -> tuple:
         look = functools.partial(self.look, batch["pixel_values"])
         fused = self.fusion(look, batch, self.multi_modal_projector)
         features_BxPxD = fused.features
@@ -121,12 +129,11 @@ class VLM(nn.Module):
         placed = place(features_BxPxD, batch["visual_index"], batch["visual_position"])
         is_visual = (batch["visual_index"] < features_BxPxD.shape[1])[..., None]
         h_BxLxD = jnp.where(is_visual, placed, self.language_model.embed(batch["input_ids"]))
-        return self.language_model(
+        return decoder(
             nn.with_logical_constraint(h_BxLxD, ("batch", "length", None)),
             batch["positions"],
             batch["segment_ids"],
             injection=fused.injection,
-            cache_length=cache_length,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cli_jax.analysis.gates import GateError
+from cli_jax.analysis.prompts import AnalysisError
 from cli_jax.data import DataError
 from cli_jax.evaluate.output import OutputError
 from cli_jax.experiment import ConfigError
@@ -12,11 +12,11 @@ from cli_jax.train.loop import TrainingError
 from cli_jax.train.workdir import WorkdirError
 
 EXPECTED = (
+    AnalysisError,
     CheckpointError,
     ConfigError,
     ConversionError,
     DataError,
-    GateError,
     OutputError,
     TrainingError,
     WorkdirError,

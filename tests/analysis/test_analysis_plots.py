@@ -63,6 +63,34 @@ def test_labels_must_fit_the_values(tmp_path):
         )
 
 
+def test_groups_and_their_medoids_are_marked(tmp_path):
+    def similarity(groups):
+        path = tmp_path / "similarity.png"
+        plots.similarity_map(np.eye(9), path, groups=groups, title="layers")
+        return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+    red = (214, 39, 40)  # matplotlib's tab:red
+    pixels = similarity([(1, 4, 2), (5, 8, 7)])
+    rows, columns = np.nonzero(np.abs(pixels - red).sum(axis=-1) < 10)
+    inside = rows < 0.8 * len(pixels)  # above the legend
+    assert np.ptp(columns[inside]) > 0.2 * pixels.shape[1]  # two medoids, five layers apart
+    assert columns[inside][rows[inside].argmin()] > columns[inside][rows[inside].argmax()]
+    assert not np.array_equal(pixels, similarity([(1, 3, 2), (4, 8, 7)]))
+
+
+def test_the_saturation_layer_is_marked_where_there_is_one(tmp_path):
+    def curve(saturation):
+        path = tmp_path / "curve.png"
+        plots.attention_curve(np.array([0.6, 0.2, 0.1, 0.1]), path, saturation=saturation, title="")
+        pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        lines = pixels[: int(0.8 * len(pixels)), : int(0.75 * pixels.shape[1])]  # no legend
+        return np.nonzero(np.abs(lines - (214, 39, 40)).sum(axis=-1) < 10)[1]
+
+    assert not len(curve(None))
+    assert np.ptp(curve(1)) < 10
+    assert np.median(curve(2)) - np.median(curve(1)) > 100
+
+
 def test_smooth_is_a_centered_mean():
     values = np.arange(200.0)
     assert plots.smooth(values)[10:190] == pytest.approx(values[10:190])

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from cli_jax.analysis import gates, plots
+from cli_jax.analysis.prompts import AnalysisError
 from cli_jax.data import Sizes, collate
 from cli_jax.evaluate.output import OutputError
 from cli_jax.evaluate.prompts import load_prompts, prompt_spec, read_questions
@@ -54,7 +55,7 @@ class Setting:
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     setting = Setting(tmp_path_factory.mktemp("gates"), context="prompt")
-    setting.written, setting.left_out = setting.analyze()
+    setting.written, setting.left_out, _ = setting.analyze()
     return setting
 
 
@@ -102,14 +103,14 @@ def test_channel_gates_enter_with_their_mean(tmp_path):
 @pytest.mark.parametrize("fusion", [{"name": "none"}, {"agf": "mean"}], ids=["none", "no AGF"])
 def test_a_strategy_without_gates_is_a_clear_error(tmp_path, fusion):
     experiment = small.make_experiment(tmp_path, **fusion)
-    with pytest.raises(gates.GateError, match="has no gates"):
+    with pytest.raises(AnalysisError, match="has no gates"):
         gates.analyze_gates(None, None, experiment, "x.json", "", tmp_path / "out")
 
 
 def test_a_file_without_pictures_is_a_clear_error(tmp_path):
     experiment = small.make_experiment(tmp_path)
     data = small.save_rows(tmp_path, [small.question(0, "nowhere.png")])
-    with pytest.raises(gates.GateError, match="no such file"):
+    with pytest.raises(AnalysisError, match="no such file"):
         gates.analyze_gates(None, None, experiment, data, tmp_path, tmp_path / "out")
 
 

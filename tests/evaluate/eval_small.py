@@ -26,11 +26,12 @@ SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PIECES = (*SPECIALS, "<unk>", "\n", "system", "user", "assistant", *map(chr, range(32, 127)))
 
 
-def save_tokenizer(folder: Path) -> str:
-    """One id per character, and the special tokens of qwen_1_5."""
-    backend = Backend(models.WordLevel({p: i for i, p in enumerate(PIECES)}, unk_token="<unk>"))
+def save_tokenizer(folder: Path, more: tuple[str, ...] = ()) -> str:
+    """One id per character, and the special tokens of qwen_1_5 and `more`."""
+    vocabulary = {p: i for i, p in enumerate((*PIECES, *more))}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"system|user|assistant|[\s\S]"), "isolated")
-    backend.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIALS])
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in (*SPECIALS, *more)])
     backend.decoder = decoders.Fuse()
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))

@@ -134,9 +134,9 @@ def test_unusable_options_end_before_any_work(folder, capsys, more):
     assert next(iter(more)) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["gates", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["gates", "--help"], ["attention", "--help"]])
 def test_help_explains_itself(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
-        (ANALYZE if arguments[0] == "gates" else COMMAND).main(arguments)
+        (COMMAND if arguments[0] == "--help" else ANALYZE).main(arguments)
     assert stop.value.code == 0
     assert "--workdir" in capsys.readouterr().out
