@@ -63,7 +63,7 @@ def heatmap(
     _save(figure, path)
 
 
-def loss_curve(metrics: epath.PathLike, path: epath.PathLike) -> None:
+def loss_curve(metrics: epath.PathLike, path: epath.PathLike, per: str = "token") -> None:
     """Draws the training loss over steps from a workdir's `metrics.jsonl`.
 
     Raises PlotError if the file is missing or holds no line with `step` and `loss`.
@@ -83,7 +83,7 @@ def loss_curve(metrics: epath.PathLike, path: epath.PathLike) -> None:
     axes.plot(steps, losses, color="0.75", linewidth=0.8, label="logged")
     axes.plot(steps, smooth(losses), color="tab:blue", linewidth=1.6, label="smoothed")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss (nats per {per})")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

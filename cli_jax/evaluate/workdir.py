@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from cli_jax import batch as batch_lib
-from cli_jax.experiment import Experiment, MeshConfig, load
+from cli_jax.experiment import Experiment, MeshConfig, load_answering
 from cli_jax.model import vlm
 from cli_jax.parallel.mesh import make_mesh
 from cli_jax.parallel.rules import Rules, rules_for, shard_params
@@ -44,7 +44,7 @@ def open_run(workdir: str | Path, step: int | None = None) -> Run:
     The mesh of training plays no part: the parameters are split over the devices there are now.
     Raises ConfigError without a config.json and CheckpointError without a readable checkpoint.
     """
-    experiment = load(workdir)
+    experiment = load_answering(workdir)
     step = find_step(workdir, step)
     mesh = make_mesh(MeshConfig(), experiment.model)
     rules, _ = rules_for(experiment.model, mesh)
