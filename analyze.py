@@ -6,15 +6,25 @@ import argparse
 import sys
 
 EPILOG = """\
-example
+examples
   which vision layers does each decoder layer let in, on the test split of the quick start:
     python analyze.py gates --workdir runs/quick --data val.json --image_root DIR --output out
+  from which layer of a pretrained vision tower can colors, shapes, sizes or digits be read:
+    python analyze.py probe --workdir runs/pretrain_nlvr --output runs/pretrain_nlvr/probe
 """
 
 GATES = """\
 Averages the gates W[t, k] of Cross-Layer Injection over the pictures of a LLaVA-format file, for
 every decoder layer t and vision layer k, overall and per category. Writes gates.npz, gates.png and
 one gates_CATEGORY.png per category. Needs a model with gates and matplotlib (the demo extra).
+"""
+
+PROBE = """\
+Fits a linear read-out on every layer of a frozen vision tower that was trained with
+config.objective=siglip: of the counts of colors, shapes and sizes in boxes, or of the digits of a
+meter. Scored on the pictures that config.data.held_out kept back, beside the same read-out of the
+pixels and the commonest answer. Writes probe.npz and probe.png, and prints the table. Needs
+matplotlib (the demo extra).
 """
 
 
@@ -58,6 +68,12 @@ def _gates(args: argparse.Namespace) -> None:
         print(f"written: {path}")
 
 
+def _probe(args: argparse.Namespace) -> None:
+    from cli_jax.analysis.probe import probe
+
+    print(probe(args.workdir, args.output, args.step).table())
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -73,6 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     gates.set_defaults(run=_gates)
     _add_run_options(gates)
+
+    probe = commands.add_parser(
+        "probe",
+        help="what each layer of a pretrained vision tower can be read for",
+        description=PROBE,
+        formatter_class=raw,
+    )
+    probe.set_defaults(run=_probe)
+    probe.add_argument("--workdir", required=True, help="folder that train.py has written")
+    probe.add_argument("--output", required=True, help="folder for what is written")
+    probe.add_argument("--step", type=_at_least(0), help="checkpoint (default: the newest)")
     return parser
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,34 @@ def heatmap(
             axes.text(
                 column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7
             )
+    _save(figure, path)
+
+
+def lines(
+    values: Mapping[str, np.ndarray],
+    path: epath.PathLike,
+    *,
+    columns: Sequence[str],
+    levels: Mapping[str, float],
+    title: str,
+    column_title: str,
+    value_title: str,
+) -> None:
+    """Draws a line of len(columns) values for every name, and its level as a dotted line."""
+    figure = _figure(min(3.0 + 0.4 * len(columns), 7.5), 3.6)
+    axes = figure.add_subplot()
+    for name, line in values.items():
+        if len(line) != len(columns):
+            raise ValueError(f"{name}: {len(line)} values for {len(columns)} columns")
+        (drawn,) = axes.plot(range(len(columns)), line, marker="o", markersize=3.5, label=name)
+        axes.axhline(levels[name], color=drawn.get_color(), linestyle=":", linewidth=1)
+    figure.suptitle(title, fontsize=9, wrap=True)
+    axes.set_xlabel(column_title)
+    axes.set_ylabel(value_title)
+    axes.set_xticks(*_ticks(columns))
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
     _save(figure, path)
 
 

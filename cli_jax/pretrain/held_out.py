@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -65,7 +65,7 @@ class HeldOut:
                 batch = collate([[sample] for sample in some], sizes)
                 mine = rows // jax.process_count()
                 at = slice(jax.process_index() * mine, (jax.process_index() + 1) * mine)
-                own = {name: value[at] for name, value in batch.items()}
+                own = {name: value[at] for name, value in cast(dict, batch).items()}
                 sums, *pair = jax.device_get(embed(params, to_device(setup, own)))
                 loss, weight = loss + float(sums.loss), weight + float(sums.weight)
                 found.append(tuple(x[: len(some)] for x in pair))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from cli_jax.analysis.gates import GateError
+from cli_jax.analysis.places import PlaceError
+from cli_jax.analysis.probe import ProbeError
 from cli_jax.data import DataError
 from cli_jax.evaluate.output import OutputError
 from cli_jax.experiment import ConfigError
@@ -18,6 +20,8 @@ EXPECTED = (
     DataError,
     GateError,
     OutputError,
+    PlaceError,
+    ProbeError,
     TrainingError,
     WorkdirError,
 )
