@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,22 +185,20 @@ def read_features(
     size = image_size(first.root, first.path, image.max_pixels)
     at_RxC = place_patches(*size, first.facts[0].places, image, vision)
 
-    some = [picture for picture in pictures if picture.use == "fit"]
-    some = some[:: max(1, len(some) * at_RxC.size // PATCHES)]
-    samples = [
-        np.asarray(patch_pixels(read_tiles(picture, experiment, size)[None], image, vision))
-        for picture in some
-    ]
-    components = principal_components(
-        np.concatenate(samples)[:, at_RxC.ravel()].reshape(-1, samples[0].shape[-1]),
-        vision.hidden_size,
-    )
+    def tiles(some: Sequence[Picture]) -> Iterator[np.ndarray]:
+        return (read_tiles(picture, experiment, size) for picture in some)
+
+    seen = [picture for picture in pictures if picture.use == "fit"]
+    seen = seen[:: max(1, len(seen) * at_RxC.size // PATCHES)]
+    pixels = [np.asarray(patch_pixels(each[None], image, vision))[0] for each in tiles(seen)]
+    patches = np.concatenate([each[at_RxC.ravel()] for each in pixels])
+    components = principal_components(patches, vision.hidden_size)
+
     summary: Summary = "cells" if first.facts[0].category == "digit" else "pooled"
     compute = layer_features(tower, image, at_RxC, summary)
     found = []
-    with progress_bar(len(pictures), "features") as bar:
-        tiles = (read_tiles(picture, experiment, size) for picture in pictures)
-        for count, stack in in_batches(tiles, ROWS):
+    with progress_bar(len(pictures), "features", "picture") as bar:
+        for count, stack in in_batches(tiles(pictures), ROWS):
             found.append(np.asarray(compute(params, components, stack))[:, :count])
             bar.update(count)
     return np.concatenate(found, axis=1)
@@ -219,7 +218,7 @@ def score(features: np.ndarray, pictures: list[Picture], layers: tuple[str, ...]
     use_n = np.array([picture.use for picture in pictures])
     right = {word: np.zeros(len(layers)) for word in words}
     commonest, scored = Counter[str](), Counter[str]()
-    with progress_bar(len(words) * len(layers), "read-outs") as bar:
+    with progress_bar(len(words) * len(layers), "read-outs", "fit") as bar:
         for word in words:
             mine = [(i, fact.place, fact.value) for i, fact in asked if fact.word == word]
             # Filled up with repetitions of the first sample, which are used for nothing.
