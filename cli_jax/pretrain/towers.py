@@ -61,7 +61,8 @@ class TwoTowers(nn.Module):
         ids_BxC, used_BxC = captions(batch, c.vision.num_patches)
         decoder = Decoder(c.text, compute, *dtypes, name="text_tower")
         positions = jnp.broadcast_to(jnp.arange(ids_BxC.shape[1]), ids_BxC.shape)
-        hidden_BxCxD, _, _ = decoder(decoder.embed(ids_BxC), positions, used_BxC.astype(jnp.int32))
+        # One segment: what is behind a caption's end comes too late to be seen.
+        hidden_BxCxD, _, _ = decoder(decoder.embed(ids_BxC), positions, jnp.ones_like(ids_BxC))
         last_B = jnp.maximum(jnp.sum(used_BxC, axis=1) - 1, 0)
         last_BxD = jnp.take_along_axis(hidden_BxCxD, last_B[:, None, None], axis=1)[:, 0]
         caption = dense(width, ("embed", None), *dtypes, name="text_head")(last_BxD)

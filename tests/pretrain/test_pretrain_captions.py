@@ -145,11 +145,15 @@ def test_rows_are_cut_before_scenes_are_held_out(tmp_path):
     data = pretrain_small.experiment(tmp_path).data
     source = dataclasses.replace(data.train[0], start=10, stop=30)
     data = dataclasses.replace(data, train=(source,), captions="")
-    ids = []
+    ids = {}
     for part in ("train", "held_out"):
         ((file,), _, _) = open_sources(data, part)
-        ids += [file[i]["id"] for i in range(len(file))]
-    assert sorted(ids) == sorted(f"s{scene}-{i}" for scene in range(5, 15) for i in range(2))
+        ids[part] = [file[i]["id"] for i in range(len(file))]
+    inside = [f"s{scene}" for scene in range(5, 15)]
+    assert {name[:-2] for name in ids["held_out"]} == held_out_scenes(inside, 0.2)
+    assert sorted(ids["train"] + ids["held_out"]) == sorted(
+        f"s{scene}-{i}" for scene in range(5, 15) for i in range(2)
+    )
 
 
 def test_scenes_of_ids():
