@@ -38,5 +38,5 @@ def pretrain(config: ConfigDict) -> ConfigDict:
     config.eval.path = ""
     config.optimizer.update(weight_decay=0.1, warmup_ratio=0.05)
     config.total_steps = 3000
-    config.checkpoint.every = 500
+    config.checkpoint.update(every=500, keep_every=500)  # small, and each can be probed
     return config
