@@ -18,6 +18,8 @@ examples, on the test split of the quick start; files are written to the folder 
     python analyze.py layers --workdir runs/quick --data val.json --image_root DIR --output out
   up to which decoder layer do words look at the picture?
     python analyze.py attention --workdir runs/quick --data val.json --image_root DIR --output out
+  from which layer of a pretrained vision tower can colors, shapes, sizes or digits be read?
+    python analyze.py probe --workdir runs/pretrain_nlvr --output runs/pretrain_nlvr/probe
 """
 
 GATES = """\
@@ -40,6 +42,14 @@ tokens (newlines included) over the prompts of a LLaVA-format file, for every de
 prompt ends where the last answer of its row would begin. Names the saturation layer: the first from
 which the curve stays within 0.02 of the mean of its last quarter. Writes attention.npz and
 attention.png, with --per_head also attention_heads.png. Needs matplotlib (the demo extra).
+"""
+
+PROBE = """\
+Fits a linear read-out on every layer of a frozen vision tower that was trained with
+config.objective=siglip: of the counts of colors, shapes and sizes in boxes, or of the digits of a
+meter. Scored on the pictures that config.data.held_out kept back, beside the same read-out of the
+pixels and the commonest answer. Writes probe.npz and probe.png, and prints the table. Needs
+matplotlib (the demo extra).
 """
 
 
@@ -103,6 +113,12 @@ def _analyze(analysis: Callable[..., Findings], args: argparse.Namespace, **opti
         print(f"written: {path}")
 
 
+def _probe(args: argparse.Namespace) -> None:
+    from cli_jax.analysis.probe import probe
+
+    print(probe(args.workdir, args.output, args.step).table())
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -113,16 +129,22 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, run: Callable, help: str, description: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=description, formatter_class=raw)
         command.set_defaults(run=run)
-        _add_run_options(command)
         return command
 
-    add("gates", _gates, "mean gate per decoder and vision layer", GATES)
+    gates = add("gates", _gates, "mean gate per decoder and vision layer", GATES)
     layers = add("layers", _layers, "similarity of vision layers, and groups of them", LAYERS)
     layers.add_argument(
         "--groups", type=_at_least(1), default=3, help="groups of layers (default: 3)"
     )
     attention = add("attention", _attention, "attention from text to image per layer", ATTENTION)
     attention.add_argument("--per_head", action="store_true", help="save and draw every head, too")
+    for command in (gates, layers, attention):
+        _add_run_options(command)
+
+    probe = add("probe", _probe, "what each layer of a pretrained tower can be read for", PROBE)
+    probe.add_argument("--workdir", required=True, help="folder that train.py has written")
+    probe.add_argument("--output", required=True, help="folder for what is written")
+    probe.add_argument("--step", type=_at_least(0), help="checkpoint (default: the newest)")
     return parser
 
 

@@ -53,6 +53,10 @@ class DataConfig:
     turns: Literal["all", "one"] = "all"  # "one": a draw of a row trains on one random question
     augment: float = 0.0  # strength of random shifts and zoom, in [0, 1]; 0 = off
     jitter: float = 0.0  # strength of random changes of brightness, contrast and color
+    # A row's questions and answers become one caption of this kind (cli_jax/data/captions.py)
+    captions: Literal["", "coarse", "full"] = ""
+    held_out: float = 0.0  # share of the scenes that is never trained on (cli_jax/data/parts.py)
+    scene: str = ""  # ids that are equal without what this regular expression finds: one scene
     workers: int = 0  # Grain processes; 0 = in the training process
     max_bad_share: float = 0.01  # share of unreadable rows above which training stops
     strict: bool = False  # the first unreadable row is an error
@@ -141,6 +145,8 @@ class Experiment:
     log: LogConfig
     eval: EvalConfig
     routing: RoutingConfig
+    # What is trained: the model that answers, or its vision tower beforehand (cli_jax/pretrain)
+    objective: Literal["next_token", "siglip"] = "next_token"
     seed: int = 0
     total_steps: int = 1000
     init_from: str = ""  # Hugging Face folder or hub id, converted folder, or a workdir
@@ -163,7 +169,11 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
         for f in dataclasses.fields(Experiment)
         if dataclasses.is_dataclass(_hints(Experiment)[f.name]) and f.name != "model"
     }
-    scalars = {k: config[k] for k in ("name", "seed", "total_steps", "init_from") if k in config}
+    scalars = {
+        name: _build(hint, config[name], f"config.{name}")
+        for name, hint in _hints(Experiment).items()
+        if name in config and not dataclasses.is_dataclass(hint)
+    }
     return Experiment(
         model=ModelConfig(
             vision=_build(VisionConfig, model["vision"], "config.model.vision"),
@@ -221,6 +231,17 @@ def load(workdir: str | Path) -> Experiment:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: give a --workdir that train.py has written")
     return from_dict(json.loads(path.read_text()))
+
+
+def load_answering(workdir: str | Path) -> Experiment:
+    """`load`, for whoever needs a whole model: refuses a vision tower that was trained alone."""
+    experiment = load(workdir)
+    if experiment.objective != "next_token":
+        raise ConfigError(
+            f"{workdir} holds a vision tower trained with config.objective={experiment.objective}, "
+            f"not a model that answers: start one from it with --config.init_from={workdir}"
+        )
+    return experiment
 
 
 def _plain(value: Any) -> Any:

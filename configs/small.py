@@ -1,11 +1,11 @@
-"""Small models trained from scratch on a laptop: what the three demo configs share."""
+"""Small models trained from scratch on a laptop: what the demo configs share."""
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
 from cli_jax.demo import TOKENIZER
-from configs import common
+from configs import common, models
 
 
 def base() -> ConfigDict:
@@ -24,4 +24,19 @@ def base() -> ConfigDict:
     config.optimizer.update(lr=2e-3, b2=0.98, warmup_ratio=0.05, clip_norm=1.0)
     config.compute.update(dtype="float32", scan_layers=False, remat="none")
     config.log.every = 10
+    return config
+
+
+def pretrain(config: ConfigDict) -> ConfigDict:
+    """Turns the config of a small model into that of its vision tower's contrastive pretraining."""
+    config.objective = "siglip"
+    config.fusion.name = "none"
+    config.model.text.update(models.small_decoder(width=128, layers=2))  # reads the captions
+    config.data.update(
+        template="plain", turns="all", captions="coarse", batch_size=128, augment=0.5, jitter=0.3
+    )
+    config.eval.path = ""
+    config.optimizer.update(weight_decay=0.1, warmup_ratio=0.05)
+    config.total_steps = 3000
+    config.checkpoint.update(every=500, keep_every=500)  # small, and each can be probed
     return config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,35 @@ def heatmap(
     _save(figure, path)
 
 
-def loss_curve(metrics: epath.PathLike, path: epath.PathLike) -> None:
+def lines(
+    values: Mapping[str, np.ndarray],
+    path: epath.PathLike,
+    *,
+    columns: Sequence[str],
+    levels: Mapping[str, float],
+    title: str,
+    column_title: str,
+    value_title: str,
+) -> None:
+    """Draws a line of len(columns) values for every name, and its level as a dotted line."""
+    figure = _figure(min(3.0 + 0.4 * len(columns), 7.5), 3.6)
+    axes = figure.add_subplot()
+    for name, line in values.items():
+        if len(line) != len(columns):
+            raise ValueError(f"{name}: {len(line)} values for {len(columns)} columns")
+        (drawn,) = axes.plot(range(len(columns)), line, marker="o", markersize=3.5, label=name)
+        axes.axhline(levels[name], color=drawn.get_color(), linestyle=":", linewidth=1)
+    figure.suptitle(title, fontsize=9, wrap=True)
+    axes.set_xlabel(column_title)
+    axes.set_ylabel(value_title)
+    axes.set_xticks(*_ticks(columns))
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    _save(figure, path)
+
+
+def loss_curve(metrics: epath.PathLike, path: epath.PathLike, per: str = "token") -> None:
     """Draws the training loss over steps from a workdir's `metrics.jsonl`.
 
     Raises PlotError if the file is missing or holds no line with `step` and `loss`.
@@ -83,7 +111,7 @@ def loss_curve(metrics: epath.PathLike, path: epath.PathLike) -> None:
     axes.plot(steps, losses, color="0.75", linewidth=0.8, label="logged")
     axes.plot(steps, smooth(losses), color="tab:blue", linewidth=1.6, label="smoothed")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss (nats per {per})")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -19,7 +19,7 @@ import numpy as np
 
 from cli_jax.config import ImageConfig, VisionConfig
 from cli_jax.data.collate import Sizes
-from cli_jax.data.sources import DataError, RowFile
+from cli_jax.data.sources import DataError, Rows
 from cli_jax.experiment import ConfigError, DataConfig
 from cli_jax.text.tokenizer import Tokenizer
 
@@ -57,7 +57,7 @@ def settings_of(
     image: ImageConfig,
     vision: VisionConfig,
     tokenizer: Tokenizer,
-    files: Sequence[RowFile],
+    files: Sequence[Rows],
     ranges: Sequence[tuple[int, int]],
 ) -> dict[str, Any]:
     """All that decides how much a sample takes and which samples there are, in plain JSON types.
@@ -65,6 +65,11 @@ def settings_of(
     Labels and augmentation are not among it, since they change no length. Files count by their
     content, so they may lie elsewhere than when the bins were made.
     """
+    if data.captions or data.held_out:
+        raise ConfigError(
+            "config.data.bins packs the rows of whole files: leave it empty with "
+            "config.data.captions or config.data.held_out"
+        )
     settings: dict[str, Any] = {
         "row": list(Sizes.from_config(data, vision, rows=1).row),
         "data.pack": data.pack,

@@ -13,7 +13,7 @@ import numpy as np
 from cli_jax.data.collate import Extent
 from cli_jax.data.ledger import Drop, drop_of
 from cli_jax.data.sample import SampleSpec, measure
-from cli_jax.data.sources import RowFile
+from cli_jax.data.sources import Rows
 
 CHUNK = 256  # rows that a process measures at a time
 
@@ -23,7 +23,7 @@ class Measurer:
     """Measures the rows of one source; travels to the processes."""
 
     source: int
-    file: RowFile
+    file: Rows
     root: str
     spec: SampleSpec
 

@@ -41,6 +41,7 @@ def make_bins(
     files, ranges, roots = open_sources(data)
     sizes = Sizes.from_config(data, vision, rows=1)
     spec = SampleSpec.from_config(data, image, vision, tokenizer)
+    settings = settings_of(data, image, vision, tokenizer, files, ranges)
     names = [source.path for source in data.train]
     ledger = Ledger(names, ranges, sizes, max_bad_share=data.max_bad_share, strict=data.strict)
     rows, extents, drops = [], [], []
@@ -60,7 +61,6 @@ def make_bins(
             offsets, order = pack(taken, sizes.row, seed, bar.update)
     else:
         offsets, order = np.arange(len(row) + 1), np.arange(len(row))
-    settings = settings_of(data, image, vision, tokenizer, files, ranges)
     notes = _notes(taken, offsets, sizes.row, data) | {
         "files": names,
         "rows": sum(len(each) for each in rows),

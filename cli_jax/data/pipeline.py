@@ -41,6 +41,7 @@ __all__ = ["Loader", "make_loader", "report"]
 # Decoding overlaps with training; few samples are held, since one may have 37 tiles.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 _BATCHES_PER_WORKER = 2
+_PARTS = {"data.captions": "", "data.held_out": 0.0, "data.scene": ""}  # and their defaults
 
 
 class Loader(grain.DatasetIterator):
@@ -100,7 +101,7 @@ class Loader(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken; ConfigError if it is of another pipeline."""
-        saved = {"data.bins": "", **state["settings"]}
+        saved = {"data.bins": "", **_PARTS, **state["settings"]}
         names = list(self._settings)
         if bool(saved["data.bins"]) != bool(self._settings["data.bins"]):
             names = ["data.bins"]  # the other settings are of another kind
@@ -183,6 +184,9 @@ def make_loader(
         "data.augment": data.augment,
         "data.jitter": data.jitter,
         "data.turns": data.turns,
+        "data.captions": data.captions,
+        "data.held_out": data.held_out,
+        "data.scene": data.scene,
         "data.train": [
             {"rows": list(rows), "weight": source.weight}
             for rows, source in zip(ranges, data.train, strict=True)

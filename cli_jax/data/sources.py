@@ -14,10 +14,11 @@ from array import array
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from cli_jax.data.parts import Part, PartOf
 from cli_jax.experiment import ConfigError, DataConfig, SourceConfig
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -29,6 +30,16 @@ class DataError(ValueError):
 
 class RowError(ValueError):
     """A row that cannot be used; the message is the reason."""
+
+
+class Rows(Protocol):
+    """A sequence of rows, with the file that they are from."""
+
+    path: Path
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
 class RowFile:
@@ -82,14 +93,20 @@ class RowFile:
 
 
 def open_sources(
-    data: DataConfig,
-) -> tuple[list[RowFile], list[tuple[int, int]], list[str]]:
-    """Of every file of `data.train`: the file, the (start, stop) of its rows, its image root."""
+    data: DataConfig, part: PartOf = "train"
+) -> tuple[list[Rows], list[tuple[int, int]], list[str]]:
+    """Of every file of `data.train`: the file, the (start, stop) of its rows, its image root.
+
+    `part`: the rows that are trained on, or those of the scenes that are held out.
+    """
     if not data.train:
         raise ConfigError("data.train is empty: name at least one JSON or JSONL file")
-    files = [RowFile(source.path) for source in data.train]
+    files: list[Rows] = [RowFile(source.path) for source in data.train]
     ranges = [_range(source, len(file)) for source, file in zip(data.train, files, strict=True)]
     roots = [source.image_root or str(Path(source.path).parent) for source in data.train]
+    if data.captions or data.held_out:
+        files = [Part(f, rows, data, part) for f, rows in zip(files, ranges, strict=True)]
+        ranges = [(0, len(file)) for file in files]
     return files, ranges, roots
 
 

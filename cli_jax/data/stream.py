@@ -21,7 +21,7 @@ from cli_jax.data.context import check_prompt_context
 from cli_jax.data.ledger import Drop, Tally, drop_of
 from cli_jax.data.packing import Keyed, Packer
 from cli_jax.data.sample import Sample, SampleSpec, make_sample
-from cli_jax.data.sources import DataError, RowFile
+from cli_jax.data.sources import DataError, Rows
 
 FLUSH = 64  # drops after which a tally is sent without a batch, so that hopeless data is noticed
 
@@ -53,7 +53,7 @@ class Drawn:
 class Draw(grain.transforms.RandomMap):
     """Reads a row and makes its sample; a row that cannot be used becomes a drop."""
 
-    files: Sequence[RowFile]
+    files: Sequence[Rows]
     roots: Sequence[str]
     spec: SampleSpec
     prompt_context: bool

@@ -24,6 +24,10 @@ def dry_run(
     """
     if not topology_name:
         raise ConfigError("--dry_run needs --topology, e.g. --topology=v5e:16x16")
+    if experiment.objective != "next_token":
+        raise ConfigError(
+            f"--dry_run counts a vision-language model, not config.objective={experiment.objective}"
+        )
     jax.config.update("jax_platforms", "cpu")  # the compiler is all that is needed of a TPU
     topology = describe(topology_name)
     print(

@@ -1,4 +1,4 @@
-"""The progress bar of everything that walks through questions."""
+"""The progress bar of everything that walks through questions or pictures."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import jax
 from tqdm import tqdm
 
 
-def progress_bar(total: int, what: str) -> tqdm:
+def progress_bar(total: int, what: str, unit: str = "question") -> tqdm:
     """A bar with the time left, on the first process only; rare lines where nobody watches."""
     return tqdm(
         total=total,
         desc=what,
-        unit="question",
+        unit=unit,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
         dynamic_ncols=True,
         disable=jax.process_index() > 0,

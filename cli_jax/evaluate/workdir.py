@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from cli_jax import batch as batch_lib
-from cli_jax.experiment import ConfigError, Experiment, MeshConfig, load
+from cli_jax.experiment import ConfigError, Experiment, MeshConfig, load_answering
 from cli_jax.hf import load as hf
 from cli_jax.hf.describe import describe, is_checkpoint
 from cli_jax.hf.error import ConversionError
@@ -57,7 +57,7 @@ def open_run(where: str | Path, step: int | None = None) -> Run:
             raise ConfigError(f"{where} is a Hugging Face checkpoint and has no steps: drop --step")
         experiment = describe(where, "float32" if jax.default_backend() == "cpu" else "bfloat16")
     else:
-        experiment, step = load(where), find_step(where, step)
+        experiment, step = load_answering(where), find_step(where, step)
     mesh = make_mesh(MeshConfig(), experiment.model)
     rules, _ = rules_for(experiment.model, mesh)
     model = vlm.build(experiment.model, experiment.compute)

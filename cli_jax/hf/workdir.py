@@ -18,7 +18,7 @@ import numpy as np
 import tensorstore as ts
 from tqdm import tqdm
 
-from cli_jax.experiment import Experiment, load
+from cli_jax.experiment import Experiment, load_answering
 from cli_jax.hf.error import ConversionError
 from cli_jax.hf.source import read_json
 from cli_jax.train.checkpoint import FOLDER, find_step
@@ -97,7 +97,7 @@ def open_workdir(where: str | Path, step: int | None = None) -> TrainingCheckpoi
     folder = Path(where).expanduser().absolute()
     if folder.parent.name == FOLDER and folder.name.isdigit():
         folder, step = folder.parent.parent, int(folder.name)
-    experiment = load(folder)
+    experiment = load_answering(folder)
     step = find_step(folder, step)
     item = folder / FOLDER / str(step)
     with _explained(str(item)):

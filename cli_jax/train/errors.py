@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cli_jax.analysis.places import PlaceError
+from cli_jax.analysis.probe import ProbeError
 from cli_jax.analysis.prompts import AnalysisError
 from cli_jax.data import DataError
 from cli_jax.evaluate.output import OutputError
@@ -18,6 +20,8 @@ EXPECTED = (
     ConversionError,
     DataError,
     OutputError,
+    PlaceError,
+    ProbeError,
     TrainingError,
     WorkdirError,
 )

@@ -27,9 +27,10 @@ KINDS = {
     "step": "updates",
     "data": "waiting for data",
     "save": "waiting for checkpoints",
+    "measure": "measuring on held-out data",
     "restart": "lost: done again, or no process",
 }
-_LOST = ("step", "data", "save")  # what is done again after a restart
+_LOST = ("step", "data", "save", "measure")  # what is done again after a restart
 
 
 class Goodput:

@@ -31,6 +31,7 @@ from cli_jax.train.step import compile_step
 from cli_jax.train.watchdog import Watchdog
 from cli_jax.train.workdir import describe, git_revision, prepare
 
+AtSave = Callable[[Setup, TrainState], None]  # is told the state of a checkpoint
 Finished = Callable[[int, dict[str, float]], None]  # is told the number and metrics of an update
 
 
@@ -46,11 +47,12 @@ class Result(NamedTuple):
     complete: bool
 
 
-def train(experiment: Experiment, workdir: str, data: Any) -> Result:
+def train(experiment: Experiment, workdir: str, data: Any, at_save: AtSave | None = None) -> Result:
     """Trains to `experiment.total_steps`, from the newest checkpoint in `workdir` if there is one.
 
     `data` iterates over this process's rows of each batch and can be saved (`get_state`,
-    `set_state`). Raises `TrainingError` on a loss that is not finite.
+    `set_state`). `at_save` may measure the state of each checkpoint on the way. Raises
+    `TrainingError` on a loss that is not finite.
     """
     folder, revision = prepare(workdir), git_revision()
     total, settings = experiment.total_steps, experiment.log
@@ -91,6 +93,9 @@ def train(experiment: Experiment, workdir: str, data: Any) -> Result:
                 with watchdog.paused(), goodput.spent("save"):
                     saved = checkpoints.save(state, data, experiment, revision)
                 goodput.record(step)
+                if at_save is not None:
+                    with watchdog.paused(), goodput.spent("measure"):
+                        at_save(setup, state)
         if pending:
             _finish(*pending, checkpoints, finished)
         with watchdog.paused(), goodput.spent("save"):

@@ -1,4 +1,8 @@
-"""A whole run: data, training, then the evaluation and the pictures that the config asks for."""
+"""A whole run: data, training, then the evaluation and the pictures that the config asks for.
+
+With `config.objective=siglip` the vision tower is trained by itself; it answers nothing, and its
+held-out pictures are measured on the way.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import contextlib
 from pathlib import Path
 
 import jax
+from etils import epath
 
 from cli_jax import demo
 from cli_jax.analysis import gates, plots
@@ -13,9 +18,10 @@ from cli_jax.data import pipeline
 from cli_jax.evaluate.run import evaluate
 from cli_jax.experiment import ConfigError, Experiment, locate
 from cli_jax.fusion import registry
+from cli_jax.pretrain.held_out import HeldOut
 from cli_jax.text import check_vocabulary, load_tokenizer
 from cli_jax.train import metrics
-from cli_jax.train.loop import rows_per_process, say, train
+from cli_jax.train.loop import AtSave, rows_per_process, say, train
 from cli_jax.train.setup import Setup
 from cli_jax.train.state import Params
 from cli_jax.train.workdir import prepare
@@ -27,13 +33,13 @@ def run(experiment: Experiment, workdir: str) -> bool:
     A finished run is evaluated on `experiment.eval.path`, if there is one, into the same folder,
     with pictures of the loss and of the gates where matplotlib is installed.
     """
-    prepare(workdir)  # first of all: nothing is worth reading if nothing can be written
+    folder = prepare(workdir)  # first of all: nothing is worth reading if it cannot be written
     experiment = locate(experiment, workdir)
     if demo.prepare(experiment.data):
         say(f"made the data set {experiment.data.prepare!r} in {experiment.data.root}")
     _check_eval(experiment)
     with contextlib.closing(_open_data(experiment)) as data:
-        result = train(experiment, workdir, data)
+        result = train(experiment, workdir, data, _measure(experiment, folder))
         books = pipeline.report(data.get_state())
     say(
         f"data: {books['drawn']:,} samples drawn, {books['skipped_rows']} unusable and "
@@ -69,8 +75,19 @@ def _open_data(experiment: Experiment) -> pipeline.Loader:
     )
 
 
+def _measure(experiment: Experiment, folder: epath.Path) -> AtSave | None:
+    if experiment.objective == "siglip" and experiment.data.held_out:
+        return HeldOut(experiment, folder)
+    return None
+
+
 def _check_eval(experiment: Experiment) -> None:
     path = experiment.eval.path
+    if path and experiment.objective == "siglip":
+        raise ConfigError(
+            f"config.eval.path={path} asks questions, which config.objective=siglip does not learn "
+            f"to answer: leave it empty; what config.data.held_out keeps back is measured"
+        )
     if path and not Path(path).is_file():
         raise ConfigError(f"config.eval.path={path} does not exist; empty means no evaluation")
 
@@ -102,7 +119,8 @@ def _draw(setup: Setup, params: Params, workdir: str) -> None:
         say(f"no pictures of the loss and the gates: {error}")
         return
     if jax.process_index() == 0:
-        plots.loss_curve(Path(workdir) / metrics.FILE, Path(workdir) / "loss.png")
+        per = "picture" if setup.experiment.objective == "siglip" else "token"
+        plots.loss_curve(Path(workdir) / metrics.FILE, Path(workdir) / "loss.png", per)
     settings, model = setup.experiment.eval, setup.experiment.model
     if settings.path and registry.of(model).gated_taps(model.fusion, model.vision):
         with setup.context():

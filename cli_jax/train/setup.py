@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cli_jax import batch as batch_lib
 from cli_jax.experiment import ConfigError, Experiment
-from cli_jax.model import vlm
 from cli_jax.parallel.mesh import batch_shards, make_mesh
 from cli_jax.parallel.rules import Rules, batch_sharding, rules_for, shard_params
+from cli_jax.train import objective
 from cli_jax.train.optimizer import Rates, assign_rates, init_optimizer, make_optimizer, trained
 from cli_jax.train.state import Params, TrainState, flatten, split
 
@@ -63,7 +63,7 @@ def make_setup(experiment: Experiment, devices: Sequence[jax.Device] | None = No
     rules, head_notes = rules_for(experiment.model, mesh)
     check_rows(experiment, mesh)
     platform = mesh.devices.flat[0].platform
-    model = vlm.build(experiment.model, experiment.compute, platform)
+    model = objective.of(experiment).build(experiment, platform)
     batch = _abstract_batch(experiment, batch_sharding(mesh, rules))
     # One row is enough for the parameters' shapes, and no mesh is set while they are traced.
     row = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in batch.items()}

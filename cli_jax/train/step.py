@@ -13,7 +13,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cli_jax.parallel.rules import Rules
-from cli_jax.train.loss import LossSums, loss_sums
+from cli_jax.train import objective
+from cli_jax.train.loss import LossSums
 from cli_jax.train.optimizer import schedule, trained
 from cli_jax.train.setup import Setup, shardings
 from cli_jax.train.state import Params, TrainState, merge, split
@@ -60,8 +61,9 @@ def lower_step(setup: Setup) -> Any:
 def make_step(setup: Setup) -> Step:
     """The update as a pure function.
 
-    Metrics, float32 []: `loss` and `accuracy` (greedy next token) over labeled tokens, `grad_norm`
-    before clipping, `lr` (the largest group's), `labeled`, `tokens` and `images` of the batch.
+    Metrics, float32 []: `loss` and `accuracy` of what has labels (the greedy next token, or a
+    picture's caption among those of the batch), `grad_norm` before clipping, `lr` (the largest
+    group's), `labeled`, `tokens` and `images` of the batch.
     """
     config = setup.experiment.optimizer
     rates = trained(setup.rates)
@@ -96,19 +98,10 @@ def gradients(
     not change the result.
     """
     experiment = setup.experiment
-    apply: Any = setup.model.apply
+    batch_sums = objective.of(experiment).sums
 
     def sums_of(trainable: Params, frozen: Params, microbatch: Batch) -> tuple[jax.Array, LossSums]:
-        params = {"params": merge(trainable, frozen)}
-        hidden = apply(params, microbatch).hidden
-        sums = loss_sums(
-            hidden,
-            microbatch["labels"],
-            microbatch["segment_ids"],
-            lambda hidden: apply(params, hidden, method="logits"),
-            average=experiment.optimizer.loss_average,
-            chunk=experiment.compute.loss_chunk,
-        )
+        sums = batch_sums(experiment, setup.model, merge(trainable, frozen), microbatch)
         return sums.loss, sums
 
     def of_microbatch(

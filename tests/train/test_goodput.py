@@ -62,6 +62,7 @@ def test_what_a_restart_costs():
         "step": 70,
         "data": 7,
         "save": 3,
+        "measure": 0,
         "restart": gaps + (20 + 2 + 4) + 10,
     }
     assert summary["wall_seconds"] == 1259 - 1000 == sum(summary["seconds"].values())

@@ -1,0 +1,81 @@
+"""The rows of a file that are trained on, and those of the scenes that are held out.
+
+A scene is what several pictures may show (`data.scene`): NLVR has six arrangements of the same
+three boxes, and the strips of a meter repeat its photographs. It is held out whole or not at all,
+or what is measured on it would measure memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from cli_jax.data.captions import caption_row
+from cli_jax.experiment import ConfigError, DataConfig
+
+if TYPE_CHECKING:
+    from cli_jax.data.sources import Rows
+
+PartOf = Literal["train", "held_out"]
+
+
+class Part:
+    """Some rows of a file, those of one part within `rows` = (start, stop), captioned if asked."""
+
+    def __init__(self, file: Rows, rows: tuple[int, int], data: DataConfig, part: PartOf) -> None:
+        self.path: Path = file.path
+        self._file, self._captions = file, data.captions
+        self._indices = np.arange(*rows)
+        if data.held_out or part == "held_out":
+            scenes = [scene_of(_id(file, i), data.scene) for i in range(*rows)]
+            held_out = held_out_scenes(scenes, data.held_out)
+            mine = [(scene in held_out) == (part == "held_out") for scene in scenes]
+            self._indices = self._indices[mine]
+        if not len(self._indices):
+            raise ConfigError(
+                f"config.data.held_out={data.held_out} leaves no row of {file.path} to "
+                f"{'train on' if part == 'train' else 'measure on'}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Row `index` of the part; ConversationError if no caption can be made of it."""
+        row = self._file[int(self._indices[index])]
+        return caption_row(row, self._captions) if self._captions else row
+
+
+def scene_of(row_id: str, pattern: str) -> str:
+    """A row's id without what the regular expression `pattern` finds in it."""
+    try:
+        return re.sub(pattern, "", row_id) if pattern else row_id
+    except re.error as error:
+        raise ConfigError(
+            f"config.data.scene={pattern!r} is not a regular expression: {error}"
+        ) from None
+
+
+def held_out_scenes(scenes: Iterable[str], share: float) -> set[str]:
+    """A share of the distinct scenes, at least one, drawn by a hash of their names.
+
+    The same for every seed and every order of the rows, so that all encoders of a data set are
+    measured on the same pictures, which none of them has seen.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"config.data.held_out={share} is not a share between 0 and 1")
+    ranked = sorted(set(scenes), key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(ranked[: max(1, round(share * len(ranked)))])
+
+
+def _id(file: Rows, index: int) -> str:
+    """A row's id; a row without one, or that cannot be read, is a scene of its own."""
+    try:
+        return str(file[index]["id"])
+    except (KeyError, ValueError):
+        return f"row {index}"

@@ -1,0 +1,1 @@
+"""Contrastive pretraining of the vision tower on pictures and their captions (SigLIP)."""
