@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from cli_jax import routing
 from cli_jax.hf import load as hf
 from cli_jax.train.checkpoint import FOLDER, CheckpointError, load_params, stored_arrays
 from cli_jax.train.optimizer import init_optimizer, trained
@@ -19,12 +20,14 @@ def init_state(setup: Setup, loaded: Leaves) -> TrainState:
     """The state before the first update, built in its shards by one compiled call.
 
     `loaded`, {path: array in its shards}, is consumed: its buffers become the state's, so the model
-    is never held twice. The other parameters are drawn from `experiment.seed`.
+    is never held twice. The other parameters are drawn from `experiment.seed`, or are copies of
+    parameters of the model, loaded ones included.
     """
-    paths = trained(setup.rates)
+    paths, model = trained(setup.rates), setup.experiment.model
 
     def build(loaded: Leaves) -> TrainState:
         leaves = flatten(setup.init_params(setup.experiment.seed)) | loaded
+        leaves |= routing.of(model).copies(model, leaves) | loaded
         params = unflatten(leaves)
         opt_state = init_optimizer(setup.optimizer, split(params, paths)[0])
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state)

@@ -100,7 +100,8 @@ def gradients(
 
     def sums_of(trainable: Params, frozen: Params, microbatch: Batch) -> tuple[jax.Array, LossSums]:
         params = {"params": merge(trainable, frozen)}
-        hidden = apply(params, microbatch).hidden
+        output = apply(params, microbatch)
+        hidden, positions = output.scored or (output.hidden, None)
         sums = loss_sums(
             hidden,
             microbatch["labels"],
@@ -108,6 +109,7 @@ def gradients(
             lambda hidden: apply(params, hidden, method="logits"),
             average=experiment.optimizer.loss_average,
             chunk=experiment.compute.loss_chunk,
+            positions_BxR=positions,
         )
         return sums.loss, sums
 
