@@ -6,6 +6,7 @@ knows nothing of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,7 +18,6 @@ from cli_jax.model.decoder import Decoder, Injection
 from cli_jax.model.layers import Dtype
 
 Batch = dict[str, jax.Array]
-Leaves = dict[str, Any]  # parameters by path
 
 
 class Scored(NamedTuple):
@@ -58,8 +58,12 @@ class Routing(nn.Module):
         """Raises ConfigError for a model that cannot be routed so."""
 
     @classmethod
-    def copies(cls, model: ModelConfig, leaves: Leaves) -> Leaves:
-        """The routing's own parameters that start as copies of others, made from all leaves."""
+    def copies(cls, model: ModelConfig, paths: Iterable[str]) -> dict[str, tuple[str, int]]:
+        """Those of the paths that start as copies of others: {path: (stacked other, layer)}.
+
+        What a run starts from has the last word: the other is copied as loaded, and what was loaded
+        itself stays.
+        """
         return {}
 
     @classmethod

@@ -11,6 +11,7 @@ a mask alone would save nothing. Source: arXiv 2606.09131.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -85,11 +86,11 @@ class DPVR(base.Routing):
             )
 
     @classmethod
-    def copies(cls, model: ModelConfig, leaves: base.Leaves) -> base.Leaves:
+    def copies(cls, model: ModelConfig, paths: Iterable[str]) -> dict[str, tuple[str, int]]:
         """The side branch starts as layer s."""
         return {
-            path: leaves[LAYERS + path.removeprefix(SIDE)][model.routing.saturation]
-            for path in leaves
+            path: (LAYERS + path.removeprefix(SIDE), model.routing.saturation)
+            for path in paths
             if path.startswith(SIDE)
         }
 
