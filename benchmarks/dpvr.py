@@ -130,9 +130,7 @@ def make_params(config: ModelConfig, batch: Any, compute: ComputeConfig) -> Any:
     shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), one)["params"])
     rng = np.random.default_rng(0)
     draw = rng.standard_normal
-    return jax.tree.map(
-        lambda x: jnp.asarray(0.02 * draw(x.shape, np.float32), x.dtype), shapes
-    )
+    return jax.tree.map(lambda x: jnp.asarray(0.02 * draw(x.shape, np.float32), x.dtype), shapes)
 
 
 def timed(run: Callable[[], Any]) -> float:

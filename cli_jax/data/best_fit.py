@@ -24,8 +24,8 @@ def pack(
     """Packs all samples; bin b is order[offsets[b]:offsets[b + 1]] of what it returns.
 
     Returns offsets [bins + 1] and order [n]. extents [n, dimensions]: what each sample takes of a
-    bin, in the order of Extent. `progress` is told how many samples were packed since it was told last.
-    Raises ValueError for a sample that exceeds `room`.
+    bin, in the order of Extent. `progress` is told how many samples were packed since it was told
+    last. Raises ValueError for a sample that exceeds `room`.
     """
     if (extents > np.asarray(room)).any():
         raise ValueError(f"a sample does not fit a bin of {room}")

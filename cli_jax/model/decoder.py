@@ -193,17 +193,21 @@ class Decoder(nn.Module):
         c = self.config
         count = (c.num_hidden_layers if stop is None else stop) - start
         rotary = rotary_angles(positions_BxL, c.head_dim, c.rope_theta, self.dtype)
-        layers = jax.tree.map(lambda x: x[start:], self.layers) if start else self.layers
+        # A scan over some of the layers would copy their weights: they are looked up instead.
+        layers = self.layers if count == c.num_hidden_layers else None
+        points, inject, xs = injection or Injection((), lambda h, _: (h, None), None)
 
         def body(carry, xs):
             h, cache = carry
             params, layer = xs
+            if params is None:
+                params = jax.tree.map(lambda x: _at(x, start + layer), self.layers)
             h = layer_input(h)
             return self.block.apply({"params": params}, h, rotary, attend, cache, layer), None
 
         def visit(carry, point):
             h, cache = carry
-            h, out = injection.inject(layer_input(h), point)
+            h, out = inject(layer_input(h), point)
             return (h, cache), out
 
         (h, cache), outs = stack.run(
@@ -212,9 +216,9 @@ class Decoder(nn.Module):
             (layers, jnp.arange(count)),
             stop=count,
             unroll=not self.compute.scan_layers,
-            points=injection.points if injection else (),
+            points=points,
             visit=visit,
-            visits=injection.xs if injection else None,
+            visits=xs,
             remat=self.compute.remat,
         )
         return h, outs, cache
@@ -230,16 +234,20 @@ class Decoder(nn.Module):
         c = self.config
         rotary = rotary_angles(positions_BxL, c.head_dim, c.rope_theta, self.dtype)
         params = jax.tree.map(lambda x: x[layer], self.layers)
-        _, kept = self.block.apply(
+        out: Any = self.block.apply(
             {"params": params}, h_BxLxD, rotary, lambda q, k, v, *_: (q, (k, v)), None, layer
         )
-        return kept
+        return out[1]
 
     def empty_cache(self, layers: int, rows: int, length: int) -> Cache:
         """A cache of so many layers, for `length` tokens of every row."""
         c = self.config
         shape = (layers, rows, length, c.num_key_value_heads, c.head_dim)
         return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 
 
 def layer_example(c: TextConfig, dtype: Dtype) -> tuple[Any, ...]:

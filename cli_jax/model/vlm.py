@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cli_jax.config import ComputeConfig, ModelConfig
 from cli_jax import routing
+from cli_jax.config import ComputeConfig, ModelConfig
 from cli_jax.fusion import registry
 from cli_jax.model.attention import kernel_for
 from cli_jax.model.decoder import Decoder

@@ -1,4 +1,4 @@
-"""`dpvr`: DPVR-LF, dual-path vision token routing with late-layer fusion (docs/method.md section 3).
+"""`dpvr`: DPVR-LF, dual-path vision token routing, late-layer fusion (docs/method.md section 3).
 
     layers 0..s-1   all tokens
     side branch     one layer of its own, on the vision tokens (newlines included)
@@ -133,7 +133,12 @@ class DPVR(base.Routing):
 
         whole = attend_row(batch["segment_ids"], kernel)
         h_BxLxD, outs, shallow = decoder.run(
-            h_BxLxD, batch["positions"], whole, caches and caches.shallow, stop=s, injection=injection
+            h_BxLxD,
+            batch["positions"],
+            whole,
+            caches and caches.shallow,
+            stop=s,
+            injection=injection,
         )
         vision_BxPxD = place(h_BxLxD, batch["visual_position"], batch["visual_index"])
         vision_BxPxD = self._side(vision_BxPxD, seen)
@@ -180,7 +185,9 @@ class DPVR(base.Routing):
         for start, stop, attend, own in parts:
             h, _, own = decoder.run(h, positions_B[:, None], attend, own, start=start, stop=stop)
             filled.append(own)
-        return decoder.norm(h)[:, 0], Caches(*filled, cache.visual, cache.text)
+        shallow, deep, late = filled
+        cache = cache._replace(shallow=shallow, deep=deep, last=late)
+        return decoder.norm(h)[:, 0], cache
 
     def _side(self, vision_BxPxD: jax.Array, seen: Slots) -> jax.Array:
         c = self.model.text

@@ -130,3 +130,13 @@ def test_an_update_pays_for_what_it_trains():
         assert step[part] == 3 * of_row * factor.get(part, 1), part
     all_rates = {**rates, "language_model/norm/scale": 1e-5}
     assert flops.step(routed, row, 1, all_rates)["late"] == 3 * once["late"]
+
+
+def test_no_group_of_layers_has_its_weights_copied():
+    """A scan over a slice of the stack would begin with one."""
+    forward, gradient, args = programs(2, 6)  # groups of 2, 3 and 1 layers
+    D, F = tiny.TEXT.hidden_size, tiny.TEXT.intermediate_size
+    for f in (forward, gradient):
+        lowered = jax.jit(f).lower(*args).as_text()
+        assert f"tensor<6x{D}x{F}xf32>" in lowered
+        assert not any(f"tensor<{count}x{D}x{F}xf32>" in lowered for count in (2, 3))

@@ -60,7 +60,7 @@ def raw(**changes):
         ({"routing": {"saturatoin": 2}}, r"did you mean 'saturation'"),
         (
             {"fusion": {"name": "cli", "cli": {"taps": "all", "inject": [0, 2, 3]}}},
-            r"config\.fusion\.cli injects at decoder layers \[2, 3\], .* inject before layer 2 only",
+            r"fusion\.cli injects at decoder layers \[2, 3\], .* inject before layer 2 only",
         ),
     ],
 )
@@ -230,7 +230,9 @@ def test_routing_may_start_from_a_fusion_adapter(tmp_path):
     cli = {"name": "cli", "cli": {"taps": "all", "inject": [0, 1], "rank": 2}}
     plain = from_dict(raw(fusion=cli, routing={"name": "none"}, optimizer={"groups": ()}))
     _, params = eval_small.make_model(plain)
-    to_hf(eval_small.save_workdir(tmp_path / "run", plain, params), tmp_path / "x", image_token_id=3)
+    to_hf(
+        eval_small.save_workdir(tmp_path / "run", plain, params), tmp_path / "x", image_token_id=3
+    )
     routed = from_dict(raw(fusion=cli))
     found = load_params(tmp_path / "x", routed.model, abstract(routed))
     assert found.missing
