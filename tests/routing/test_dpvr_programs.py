@@ -14,6 +14,7 @@ from cli_jax.fusion.none import NoneConfig
 from tests.dryrun.test_flops import products
 from tests.fusion import tiny
 from tests.routing import dpvr_case as case
+from tests.train.train_tiny import QUICK
 
 P, L, Q = tiny.SIZES["visual"], tiny.SIZES["length"], case.TEXT_SLOTS
 ROWS = 2
@@ -25,7 +26,7 @@ def shapes(model):
 
 
 def programs(saturation, layers, **compute):
-    """The forward pass, and the gradient of the side branch alone, as functions of shapes."""
+    """The forward pass, its gradient by the side branch alone and by everything, arguments."""
     m = case.model(saturation, text=case.deeper(layers), **compute)
     params, batch = shapes(m)
 
@@ -39,7 +40,7 @@ def programs(saturation, layers, **compute):
 
         return jax.value_and_grad(of)(params["routing"])
 
-    return forward, gradient, (params, batch)
+    return forward, gradient, jax.grad(forward), (params, batch)
 
 
 def traced(f, args):
@@ -54,25 +55,26 @@ def traced(f, args):
 def test_no_backward_pass_through_frozen_layers(scan_layers, remat):
     """More layers before and behind the saturation layer cost their forward pass, nothing more."""
     small, large = (
-        [traced(f, args) for f in (forward, gradient)]
-        for forward, gradient, args in (
+        [traced(f, args) for f in functions]
+        for *functions, args in (
             programs(s, n, scan_layers=scan_layers, remat=remat) for s, n in ((2, 5), (4, 9))
         )
     )
     assert large[0] > small[0]
     assert large[1] - small[1] == large[0] - small[0]
     assert small[1] > small[0]  # the side branch, the last layer and the head do have one
+    assert large[2] - small[2] >= 3 * (large[0] - small[0])  # what training them all would cost
 
 
 def test_the_compiled_program_has_none_either():
     """Unrolled, since the compiler counts a loop's body once."""
 
     def compiled(f, args):
-        return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
+        return jax.jit(f).lower(*args).compile(QUICK).cost_analysis()["flops"]
 
     backward = []
     for s, n in ((2, 4), (3, 6)):
-        forward, gradient, args = programs(s, n, scan_layers=False)
+        forward, gradient, _, args = programs(s, n, scan_layers=False)
         backward.append(compiled(gradient, args) - compiled(forward, args))
     assert backward[0] > 0
     assert backward[1] == pytest.approx(backward[0], rel=0.02)
@@ -81,7 +83,7 @@ def test_the_compiled_program_has_none_either():
 @pytest.mark.parametrize(("saturation", "layers"), [(1, 5), (2, 5), (4, 5), (6, 9)])
 def test_flops_are_those_of_the_program(saturation, layers):
     """The tracer sees whole squares of attention, which are put right here."""
-    forward, _, args = programs(saturation, layers)
+    forward, _, _, args = programs(saturation, layers)
     c = case.deeper(layers)
     model = dataclasses.replace(
         case.model(saturation, text=c).config, routing=RoutingConfig("dpvr", saturation)
@@ -134,7 +136,7 @@ def test_an_update_pays_for_what_it_trains():
 
 def test_no_group_of_layers_has_its_weights_copied():
     """A scan over a slice of the stack would begin with one."""
-    forward, gradient, args = programs(2, 6)  # groups of 2, 3 and 1 layers
+    forward, gradient, _, args = programs(2, 6)  # groups of 2, 3 and 1 layers
     D, F = tiny.TEXT.hidden_size, tiny.TEXT.intermediate_size
     for f in (forward, gradient):
         lowered = jax.jit(f).lower(*args).as_text()

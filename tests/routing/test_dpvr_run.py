@@ -24,7 +24,7 @@ from cli_jax.train.optimizer import trained
 from cli_jax.train.report import parameter_table
 from cli_jax.train.setup import make_setup
 from cli_jax.train.state import flatten, unflatten
-from cli_jax.train.step import compile_step
+from cli_jax.train.step import lower_step
 from tests.evaluate import eval_small
 from tests.routing import dpvr_case as case
 from tests.train import train_tiny
@@ -89,9 +89,11 @@ def test_a_model_needs_text_slots():
 
 
 def test_the_side_branch_starts_as_layer_s_of_what_was_loaded(tmp_path):
-    """From nothing, from a model without routing, and not over its own loaded parameters."""
+    """From a model without routing, and not over its own loaded parameters."""
     setup = make_setup(from_dict(raw()), jax.devices()[:1])
-    side = [path for path in flatten(setup.state.params) if path.startswith(SIDE)]
+    drawn = flatten(eval_small.make_model(setup.experiment)[1])
+    base = {path: x for path, x in drawn.items() if not path.startswith(SIDE)}
+    side = [path for path in drawn if path.startswith(SIDE)]
     assert len(side) == 12
 
     def starts(setup, loaded):
@@ -102,11 +104,8 @@ def test_the_side_branch_starts_as_layer_s_of_what_was_loaded(tmp_path):
             np.testing.assert_array_equal(leaves[path], layers[2])
         return leaves
 
-    fresh = starts(setup, {})
-    base = {path: 2 * x for path, x in fresh.items() if path not in side}
-    own = {path: 3 * fresh[path] for path in side}
-    leaves = starts(setup, {**base, **own})
-    assert all((leaves[path] == own[path]).all() for path in side)
+    leaves = starts(setup, drawn)
+    assert all((leaves[path] == drawn[path]).all() for path in side)
 
     unrouted = from_dict(raw(routing={"name": "none"}, optimizer={"groups": ()}))
     eval_small.save_workdir(tmp_path / "base", unrouted, jax.tree.map(jnp.array, unflatten(base)))
@@ -147,8 +146,10 @@ def test_updates_change_the_side_branch_and_nothing_else():
     setup = make_setup(from_dict(raw(optimizer={"accumulate": 2})), jax.devices()[:1])
     state = init_state(setup, {})
     before = jax.tree.map(np.asarray, flatten(state.params))
+    layers = before["language_model/layers/self_attn/o_proj/kernel"]
+    np.testing.assert_array_equal(before[f"{SIDE}self_attn/o_proj/kernel"], layers[2])
     batch = case.with_text(train_tiny.make_batch(setup.experiment, 0), slots=20)
-    update, losses = compile_step(setup), []
+    update, losses = lower_step(setup).compile(train_tiny.QUICK), []
     for _ in range(6):
         state, metrics = update(state, {k: jax.device_put(v) for k, v in batch.items()})
         losses.append(float(metrics["loss"]))
