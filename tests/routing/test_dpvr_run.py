@@ -20,7 +20,7 @@ from cli_jax.hf.to_hf import to_hf
 from cli_jax.model.vlm import build
 from cli_jax.train.initial import init_state, load_initial
 from cli_jax.train.loss import loss_sums
-from cli_jax.train.optimizer import trained
+from cli_jax.train.optimizer import assign_rates, trained
 from cli_jax.train.report import parameter_table
 from cli_jax.train.setup import make_setup
 from cli_jax.train.state import flatten, unflatten
@@ -131,9 +131,9 @@ def test_the_published_config_trains_three_percent():
     new = sum(n for path, n in sizes.items() if path.startswith(SIDE))
     assert new == 4 * 4096**2 + 3 * 4096 * 11_008 + 2 * 4096 == 202_383_360
     assert sum(sizes.values()) == 7_063_427_072 + new
-    setup = make_setup(from_dict(raw()), jax.devices()[:1])
-    assert set(trained(setup.rates)) == {p for p in setup.rates if p.startswith(SIDE)}
-    table = parameter_table(leaves, {path: 1e-4 if SIDE in path else None for path in leaves})
+    rates = assign_rates(leaves, experiment.optimizer)
+    assert set(trained(rates)) == {path for path in leaves if path.startswith(SIDE)}
+    table = parameter_table(leaves, rates)
     (line,) = [line for line in table.splitlines() if line.startswith("new: routing/*")]
     assert line.split()[2:] == ["202,383,360", "2.785%", "lr", "0.0001"]
     assert f"{SIDE}mlp/up_proj/kernel [4096, 11008]" in table
