@@ -10,8 +10,8 @@ decoder layer 18 on, vision tokens leave the stack for a trained layer of their 
 A row holds at most 2,048 text tokens, as many as a sample of the recipe may have. The learning rate
 is a guess.
 
-Hardware: by the dry run an update fits the 8 chips of TPU v5p:2x2x2 (15.0 of 95 GiB); nothing was run
-on them yet.
+Hardware: by the dry run an update fits the 8 chips of TPU v5p:2x2x2 (15.0 of 95 GiB);
+nothing was run on them yet.
 Time: not measured yet.
 Expected result: not measured yet.
 """
