@@ -3,6 +3,7 @@
 Dimension key, used in the whole code base:
   B rows of a batch        L row length (tokens)       P visual slots of a row
   M tiles of a row         N patches of a tile         I images of a row
+  Q text slots of a row, 0 where nothing needs them (routing)
   K tapped vision layers   T injection points          D language width    V vision width
 """
 
@@ -33,6 +34,9 @@ class Batch(TypedDict):
     visual_image    int32   [B, P]     image of the row the slot belongs to (newlines too); I = none
     visual_position int32   [B, P]     position in the row; L = none
     visual_index    int32   [B, L]     visual slot at this position; P = none
+    text_position   int32   [B, Q]     row position of a text token (neither visual nor padding), in
+                                       order; L = none
+    text_index      int32   [B, L]     text slot at this position; Q = none. [B, 0] where Q = 0
     image_segment   int32   [B, I]     segment id of the image's sample; 0 = no image
     context_end     int32   [B, I]     row position e_i: first answer token after the image (method
                                        1, `prompt` context), or the end of the sample if none
@@ -50,15 +54,25 @@ class Batch(TypedDict):
     visual_image: np.ndarray
     visual_position: np.ndarray
     visual_index: np.ndarray
+    text_position: np.ndarray
+    text_index: np.ndarray
     image_segment: np.ndarray
     context_end: np.ndarray
 
 
 def empty(
-    *, rows: int, length: int, visual: int, tiles: int, images: int, tile_size: int, patches: int
+    *,
+    rows: int,
+    length: int,
+    visual: int,
+    tiles: int,
+    images: int,
+    tile_size: int,
+    patches: int,
+    text: int = 0,
 ) -> Batch:
     """A batch of padding only, in the given sizes; the shapes above are made here and only here."""
-    B, L, P, M, I = rows, length, visual, tiles, images  # noqa: E741 (the dimension key)
+    B, L, P, M, I, Q = rows, length, visual, tiles, images, text  # noqa: E741 (the dimension key)
 
     def full(shape: tuple[int, ...], value: int, dtype: Any = np.int32) -> np.ndarray:
         return np.full(shape, value, dtype)
@@ -76,6 +90,8 @@ def empty(
         visual_image=full((B, P), I),
         visual_position=full((B, P), L),
         visual_index=full((B, L), P),
+        text_position=full((B, Q), L),
+        text_index=full((B, L if Q else 0), Q),
         image_segment=full((B, I), 0),
         context_end=full((B, I), 0),
     )

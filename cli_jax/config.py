@@ -10,6 +10,10 @@ import dataclasses
 from typing import Any, Literal
 
 
+class ConfigError(ValueError):
+    """A config value that cannot be used; the message names the key and the remedy."""
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """A SigLIP or CLIP vision tower; field names as in Hugging Face's vision configs.
@@ -108,6 +112,18 @@ class ComputeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RoutingConfig:
+    """Which tokens pass which decoder layers (docs/method.md section 3).
+
+    name        `none`: all tokens pass all layers; `dpvr`: vision tokens leave the stack early
+    saturation  s of `dpvr`: the first decoder layer that vision tokens do not pass
+    """
+
+    name: Literal["none", "dpvr"] = "none"
+    saturation: int = 18
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The whole model. `fusion` holds the chosen strategy's own frozen config dataclass."""
 
@@ -117,3 +133,4 @@ class ModelConfig:
     fusion_name: str
     fusion: Any
     has_newline: bool = True  # LLaVA-1.5 has no image_newline parameter
+    routing: RoutingConfig = RoutingConfig()

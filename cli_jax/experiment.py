@@ -15,11 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from cli_jax.config import ComputeConfig, ImageConfig, ModelConfig, TextConfig, VisionConfig
-
-
-class ConfigError(ValueError):
-    """A config value that cannot be used; the message names the key and the remedy."""
+from cli_jax.config import (
+    ComputeConfig,
+    ConfigError,
+    ImageConfig,
+    ModelConfig,
+    RoutingConfig,
+    TextConfig,
+    VisionConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,7 @@ class DataConfig:
     visual_per_row: int = 768  # P
     tiles_per_row: int = 2  # M
     images_per_row: int = 4  # I
+    text_per_row: int = 0  # Q, for routing.name=dpvr: most text tokens of a row; 0 = no limit
     pack: bool = True  # several samples per row
     bins: str = ""  # which samples share a row, from cli_jax/data/prepare.py; empty: packed online
     turns: Literal["all", "one"] = "all"  # "one": a draw of a row trains on one random question
@@ -127,11 +132,6 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RoutingConfig:
-    name: Literal["none"] = "none"
-
-
-@dataclasses.dataclass(frozen=True)
 class Experiment:
     """One run, complete."""
 
@@ -144,7 +144,6 @@ class Experiment:
     checkpoint: CheckpointConfig
     log: LogConfig
     eval: EvalConfig
-    routing: RoutingConfig
     # What is trained: the model that answers, or its vision tower beforehand (cli_jax/pretrain)
     objective: Literal["next_token", "siglip"] = "next_token"
     seed: int = 0
@@ -154,10 +153,11 @@ class Experiment:
 
 def from_dict(config: Mapping[str, Any]) -> Experiment:
     """Builds the experiment from nested mappings; every unknown key is refused."""
+    from cli_jax import routing
     from cli_jax.fusion import registry  # the strategies' configs live with their code
 
     config = _plain(config)
-    known = {f.name for f in dataclasses.fields(Experiment)} | {"fusion"}
+    known = {f.name for f in dataclasses.fields(Experiment)} | {"fusion", "routing"}
     _refuse_unknown("config", config, known)
     model, fusion = dict(config["model"]), dict(config["fusion"])
     _refuse_unknown("config.model", model, {"vision", "text", "image", "has_newline"})
@@ -174,7 +174,7 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
         for name, hint in _hints(Experiment).items()
         if name in config and not dataclasses.is_dataclass(hint)
     }
-    return Experiment(
+    experiment = Experiment(
         model=ModelConfig(
             vision=_build(VisionConfig, model["vision"], "config.model.vision"),
             text=_build(TextConfig, model["text"], "config.model.text"),
@@ -182,10 +182,29 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
             fusion_name=name,
             fusion=_build(strategy.Config, fusion.get(name, {}), f"config.fusion.{name}"),
             has_newline=model.get("has_newline", True),
+            routing=_build(RoutingConfig, config.get("routing", {}), "config.routing"),
         ),
         **sections,
         **scalars,
     )
+    routing.of(experiment.model).check(experiment.model)
+    if experiment.model.routing.name == "dpvr":
+        _check_text_rows(experiment.data)
+    return experiment
+
+
+def _check_text_rows(data: DataConfig) -> None:
+    if not 0 < data.text_per_row <= data.row_length:
+        raise ConfigError(
+            f"config.data.text_per_row={data.text_per_row}: config.routing.name=dpvr gathers a "
+            f"row's text tokens into so many slots; give 1 to {data.row_length}, e.g. "
+            f"{max(data.row_length - data.visual_per_row, 1)}"
+        )
+    if data.template == "plain":
+        raise ConfigError(
+            "config.data.template=plain begins the answer right behind the picture, and with "
+            "config.routing.name=dpvr visual positions predict nothing: use another template"
+        )
 
 
 def locate(experiment: Experiment, workdir: str | Path) -> Experiment:
@@ -222,6 +241,7 @@ def to_dict(experiment: Experiment) -> dict[str, Any]:
     out = dataclasses.asdict(experiment)
     name, fusion = out["model"].pop("fusion_name"), out["model"].pop("fusion")
     out["fusion"] = {"name": name, name: fusion}
+    out["routing"] = out["model"].pop("routing")
     return json.loads(json.dumps(out))
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from cli_jax.config import ImageConfig, TextConfig, VisionConfig
+from cli_jax.config import ImageConfig, RoutingConfig, TextConfig, VisionConfig
 from cli_jax.experiment import Experiment
 from cli_jax.fusion.registry import STRATEGIES
 
 VISION_TOWER = "vision_tower/.*"
 PROJECTOR = "multi_modal_projector/.*"
 FUSION = "fusion/.*"  # what a strategy adds: AMP and AGF for `cli`
+ROUTING = "routing/.*"  # what a routing adds: the side branch of `dpvr`
 EVERYTHING = ".*"
 
 
@@ -40,7 +41,8 @@ def base() -> ConfigDict:
     }
     fusion = {"name": "none"}
     fusion |= {name: _defaults(strategy.Config) for name, strategy in STRATEGIES.items()}
-    return ConfigDict({"name": "", "model": model, "fusion": fusion, **sections, **scalars})
+    shared = {"model": model, "fusion": fusion, "routing": _defaults(RoutingConfig)}
+    return ConfigDict({"name": "", **shared, **sections, **scalars})
 
 
 def set_model(

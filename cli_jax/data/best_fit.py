@@ -1,4 +1,4 @@
-"""Offline packing: which samples share a bin. Best fit decreasing, in all four dimensions at once.
+"""Offline packing: which samples share a bin. Best fit decreasing, in all dimensions at once.
 
 Samples are packed in shuffled windows: a bin then mixes samples from everywhere, and the time grows
 with the number of windows. Within a window the samples that are largest in their largest dimension
@@ -23,9 +23,9 @@ def pack(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Packs all samples; bin b is order[offsets[b]:offsets[b + 1]] of what it returns.
 
-    Returns offsets [bins + 1] and order [n]. extents [n, 4]: what each sample takes of a bin, in
-    the order of Extent. `progress` is told how many samples were packed since it was told last.
-    Raises ValueError for a sample that exceeds `room`.
+    Returns offsets [bins + 1] and order [n]. extents [n, dimensions]: what each sample takes of a
+    bin, in the order of Extent. `progress` is told how many samples were packed since it was told
+    last. Raises ValueError for a sample that exceeds `room`.
     """
     if (extents > np.asarray(room)).any():
         raise ValueError(f"a sample does not fit a bin of {room}")
@@ -43,7 +43,7 @@ def pack(
 
 
 def best_fit(extents: np.ndarray, room: Extent) -> list[list[int]]:
-    """Bins of sample indices; `extents` [n, 4] must each fit `room`."""
+    """Bins of sample indices; `extents` [n, dimensions] must each fit `room`."""
     taken = np.asarray(extents, np.int64)
     # A dimension without room takes no part: every sample has 0 of it.
     size = (taken / np.maximum(np.asarray(room), 1)).max(1, initial=0)

@@ -18,17 +18,21 @@ if TYPE_CHECKING:
 
 
 class Extent(NamedTuple):
-    """What a sample takes of a row, or a row of itself: the four packed dimensions."""
+    """What a sample takes of a row, or a row of itself: the packed dimensions.
+
+    `tokens` is the sum of `visual` and `text` for a sample; a row has room for each by itself.
+    """
 
     tokens: int
     visual: int
     tiles: int
     images: int
+    text: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The static sizes of a batch (dimension key: B, L, P, M, I, H = W, N)."""
+    """The static sizes of a batch (dimension key: B, L, P, M, I, H = W, N, Q)."""
 
     rows: int
     length: int
@@ -37,6 +41,7 @@ class Sizes:
     images: int
     tile_size: int
     patches: int
+    text: int = 0
 
     @classmethod
     def from_config(cls, data: DataConfig, vision: VisionConfig, rows: int) -> Sizes:
@@ -48,12 +53,13 @@ class Sizes:
             images=data.images_per_row,
             tile_size=vision.image_size,
             patches=vision.num_patches,
+            text=data.text_per_row,
         )
 
     @property
     def row(self) -> Extent:
-        """What one row can hold."""
-        return Extent(self.length, self.visual, self.tiles, self.images)
+        """What one row can hold; without text slots, as much text as tokens."""
+        return Extent(self.length, self.visual, self.tiles, self.images, self.text or self.length)
 
 
 def collate(rows: Sequence[Sequence[Sample]], sizes: Sizes) -> Batch:
@@ -66,13 +72,13 @@ def collate(rows: Sequence[Sequence[Sample]], sizes: Sizes) -> Batch:
         raise ValueError(f"{len(rows)} rows do not fit a batch of {sizes.rows}")
     batch = empty(**dataclasses.asdict(sizes))
     for b, samples in enumerate(rows):
-        token = visual = tile = image = 0
+        token = visual = tile = image = text = 0
         for segment, sample in enumerate(samples, 1):
-            n, v, m, i = sample.extent
+            n, v, m, i, t = sample.extent
             if any(
                 used + more > room
                 for used, more, room in zip(
-                    (token, visual, tile, image), (n, v, m, i), sizes.row, strict=True
+                    (token, visual, tile, image, text), sample.extent, sizes.row, strict=True
                 )
             ):
                 raise ValueError(f"sample {sample.id!r} does not fit its row: {sizes.row}")
@@ -93,6 +99,11 @@ def collate(rows: Sequence[Sequence[Sample]], sizes: Sizes) -> Batch:
             batch["image_segment"][b, at] = segment
             batch["context_end"][b, at] = sample.context_end + token
             token, visual, tile, image = token + n, visual + v, tile + m, image + i
+            text += t
+        if sizes.text:
+            is_text = (batch["segment_ids"][b] > 0) & (batch["visual_index"][b] == sizes.visual)
+            batch["text_position"][b, :text] = np.flatnonzero(is_text)
+            batch["text_index"][b, is_text] = np.arange(text)
         batch["plan_inverse"][b] = plan_inverse(
             batch["plan_index"][b], batch["plan_weight"][b], sizes.tiles * sizes.patches
         )

@@ -135,7 +135,8 @@ class Ledger:
         if used == 0 and drawn >= min(rows, HOPELESS):
             raise DataError(
                 f"{name}: none of the first {drawn} rows drawn can be used; check image_root and "
-                f"data.row_length, visual_per_row, tiles_per_row. First reasons:{reasons}"
+                f"data.row_length, visual_per_row, tiles_per_row, text_per_row. First reasons:"
+                f"{reasons}"
             )
 
     def state(self) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def report(state: Mapping[str, Any]) -> dict[str, Any]:
     first         the first reasons; epochs: how often each source was gone through
     """
     books = state["ledger"]
-    rows, (length, visual, tiles, _) = books["rows"], books["row_sizes"]
+    rows, (length, visual, tiles, *_) = books["rows"], books["row_sizes"]
     tokens_used, visual_used, tiles_used = books["filled"]
 
     def share(used: int, size: int) -> float:

@@ -42,7 +42,7 @@ class Measurer:
             return drop
 
     def chunk(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, list[Drop]]:
-        """The usable rows of start:stop, their extents [rows, 4], and the other rows."""
+        """The usable rows of start:stop, their extents [rows, dimensions], and the other rows."""
         results = {row: self(row) for row in range(start, stop)}
         good = {row: each for row, each in results.items() if isinstance(each, Extent)}
         drops = [each for each in results.values() if isinstance(each, Drop)]

@@ -2,8 +2,8 @@
 
 Grain's own packers were tried. They hold dense buffers (bins x tiles x pixels), start over from an
 empty window after every full one, and on restore replay a whole window. Here a sample is placed in
-the first of at most `OPEN_ROWS` open rows that has room in all four dimensions; if none has, the
-oldest row is closed. On mixtures of LLaVA-like sizes 16 open rows fill rows as well as Grain's 64
+the first of at most `OPEN_ROWS` open rows that has room in all dimensions; if none has, the oldest
+row is closed. On mixtures of LLaVA-like sizes 16 open rows fill rows as well as Grain's 64
 bins (0.95 of the tokens for short samples, 0.75 to 0.82 where single pictures take a third of a
 row), a sample waits for at most 16 rows, and the state is a list of indices.
 """

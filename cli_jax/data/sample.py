@@ -65,9 +65,8 @@ class Sample:
 
     @property
     def extent(self) -> Extent:
-        return Extent(
-            len(self.ids), len(self.visual_position), len(self.tiles), len(self.context_end)
-        )
+        tokens, visual = len(self.ids), len(self.visual_position)
+        return Extent(tokens, visual, len(self.tiles), len(self.context_end), tokens - visual)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +188,7 @@ def _extent(ids: int, taken: Sequence[tuple[int, int]], room: Extent) -> Extent:
         visual=visual,
         tiles=sum(tiles for tiles, _ in taken),
         images=len(taken),
+        text=ids - len(taken),
     )
     for dimension, needed in extent._asdict().items():
         _check_room(dimension, needed, getattr(room, dimension))

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cli_jax.config import ModelConfig, TextConfig, VisionConfig
+from cli_jax import routing
+from cli_jax.config import ModelConfig, VisionConfig
 from cli_jax.experiment import Experiment
 from cli_jax.fusion import registry
 from cli_jax.fusion.base import Row
 
-PARTS = ("vision", "projector", "amp", "agf", "decoder", "head")
+# In the order in which gradients do not flow. `side` and `late` are DPVR's (routing/dpvr.py).
+PARTS = ("vision", "projector", "amp", "agf", "decoder", "side", "late", "head")
 OWNERS = {  # prefix of a parameter's path -> part; the first that matches
     "vision_tower/": "vision",
     "multi_modal_projector/": "projector",
     "image_newline": "projector",
     "fusion/agf/": "agf",
     "fusion/": "amp",
+    "routing/": "side",
     "lm_head/": "head",
     "language_model/": "decoder",
 }
@@ -32,7 +35,7 @@ Flops = dict[str, float]
 def row_of(experiment: Experiment) -> Row:
     """A row of a config, filled to the last slot."""
     data = experiment.data
-    return Row(data.row_length, data.visual_per_row, data.tiles_per_row)
+    return Row(data.row_length, data.visual_per_row, data.tiles_per_row, data.text_per_row)
 
 
 def forward(model: ModelConfig, row: Row) -> Flops:
@@ -41,8 +44,7 @@ def forward(model: ModelConfig, row: Row) -> Flops:
     layers = strategy.vision_layers(model.fusion, model.vision)[-1]
     total = dict.fromkeys(PARTS, 0.0)
     total["vision"] = row.tiles * _vision(model.vision, layers)
-    total["decoder"] = _decoder(model.text, row.length)
-    total["head"] = 2.0 * row.length * model.text.hidden_size * model.text.vocab_size
+    total |= routing.of(model).flops(model, row)
     for part, flops in strategy.flops(model.fusion, model, row).items():
         total[part] += flops
     return total
@@ -51,8 +53,8 @@ def forward(model: ModelConfig, row: Row) -> Flops:
 def step(model: ModelConfig, row: Row, rows: int, rates: Mapping[str, float | None]) -> Flops:
     """FLOPs of an update of `rows` rows, forward and backward, by part."""
     trained = {part_of(path) for path, rate in rates.items() if rate is not None}
-    if model.text.tie_word_embeddings and "decoder" in trained:
-        trained.add("head")
+    if "decoder" in trained:
+        trained |= {"late", "head"} if model.text.tie_word_embeddings else {"late"}
     forward_flops = forward(model, row)
     upstream = False
     total = {}
@@ -74,10 +76,3 @@ def _vision(c: VisionConfig, layers: int) -> float:
     patches = 2.0 * c.num_patches * c.patch_size**2 * 3 * V
     weights = 4 * V * V + 2 * V * c.intermediate_size
     return patches + layers * (2.0 * tokens * weights + 4.0 * tokens**2 * V)
-
-
-def _decoder(c: TextConfig, length: int) -> float:
-    """One row; half of all pairs of positions attend to each other."""
-    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    weights = c.hidden_size * (2 * queries + 2 * keys + 3 * c.intermediate_size)
-    return c.num_hidden_layers * (2.0 * length * weights + 2.0 * length**2 * queries)

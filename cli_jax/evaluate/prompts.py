@@ -56,7 +56,7 @@ def prompt_spec(experiment: Experiment, tokenizer: Tokenizer, new_tokens: int) -
     model = experiment.model
     spec = SampleSpec.from_config(experiment.data, model.image, model.vision, tokenizer)
     room = model.text.max_position_embeddings - new_tokens
-    return dataclasses.replace(spec, room=Extent(room, room, room, room))
+    return dataclasses.replace(spec, room=Extent(room, room, room, room, room))
 
 
 def load_prompts(

@@ -70,6 +70,7 @@ def open_run(where: str | Path, step: int | None = None) -> Run:
         images=1,
         tile_size=vision.image_size,
         patches=vision.num_patches,
+        text=1,
     )
     boxed = jax.eval_shape(model.init, jax.random.key(0), row)["params"]
     abstract, _ = shard_params(boxed, mesh, rules)

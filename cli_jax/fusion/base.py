@@ -32,11 +32,12 @@ Tap = tuple[int, ...]  # vision layers whose mean is one tap
 
 
 class Row(NamedTuple):
-    """How much one row holds: tokens L, visual slots P, tiles M."""
+    """How much one row holds: tokens L, visual slots P, tiles M, text slots Q."""
 
     length: int
     visual: int
     tiles: int
+    text: int = 0
 
 
 class Fused(NamedTuple):

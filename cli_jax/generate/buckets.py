@@ -40,8 +40,9 @@ def bucket(extent: Extent) -> Extent:
     size differ in their text only.
     """
     visual = round_up(extent.visual, VISUAL_UNIT)
-    text = round_up(extent.tokens - extent.visual, TEXT_UNIT)
-    return Extent(visual + text, visual, round_up(extent.tiles, 1), round_up(extent.images, 1))
+    text = round_up(extent.text, TEXT_UNIT)
+    tiles, images = round_up(extent.tiles, 1), round_up(extent.images, 1)
+    return Extent(visual + text, visual, tiles, images, text)
 
 
 def batches(
@@ -74,5 +75,6 @@ def _collate(
         images=shape.images,
         tile_size=vision.image_size,
         patches=vision.num_patches,
+        text=shape.text,
     )
     return Group([number for number, _ in group], collate([[s] for _, s in group], sizes))

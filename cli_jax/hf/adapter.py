@@ -1,8 +1,8 @@
-"""A fusion strategy's parameters in a file of their own, tied to the base model they belong to.
+"""What no base model has, in a file of its own, tied to the base model it belongs to.
 
-`cli_adapter.safetensors` holds them under our paths (`fusion.amp.lora_A`), `cli_adapter.json` the
-strategy, its config and the fingerprint of the base model. On any other base they mean nothing, so
-loading them there is refused.
+`cli_adapter.safetensors` holds the parameters of the fusion strategy and of the routing under our
+paths (`fusion.amp.lora_A`), `cli_adapter.json` both configs and the fingerprint of the base model.
+On any other base they mean nothing, so loading them there is refused.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Adapter:
     folder: Path
     fusion_name: str
     fusion: dict[str, Any]
+    routing: dict[str, Any]
     base: str  # fingerprint
     tensors: dict[str, StoredTensor]
 
@@ -38,16 +39,20 @@ class Adapter:
 
 
 def write_adapter(
-    folder: Path, fusion_name: str, fusion: Any, tensors: Mapping[str, Tensor], base: str
+    folder: Path, model: ModelConfig, tensors: Mapping[str, Tensor], base: str
 ) -> None:
-    """Writes both files. fusion: the strategy's config dataclass; tensors: by our path."""
+    """Writes both files. tensors: by our path; base: the base model's fingerprint."""
     streams = [
         (path.replace("/", "."), tensor.shape, tensor.dtype, blocks(tensor))
         for path, tensor in tensors.items()
     ]
     write_file(folder / ADAPTER_WEIGHTS, streams)
     config = {
-        "fusion": {"name": fusion_name, fusion_name: dataclasses.asdict(fusion)},
+        "fusion": {
+            "name": model.fusion_name,
+            model.fusion_name: dataclasses.asdict(model.fusion),
+        },
+        "routing": dataclasses.asdict(model.routing),
         "base_fingerprint": base,
         "tensors": {path: list(tensor.shape) for path, tensor in tensors.items()},
     }
@@ -66,7 +71,9 @@ def read_adapter(folder: Path) -> Adapter | None:
     try:
         name = values["fusion"]["name"]
         tensors = {n.replace(".", "/"): t for n, t in read_header(weights).items()}
-        return Adapter(folder, name, values["fusion"][name], values["base_fingerprint"], tensors)
+        routing = values.get("routing", {"name": "none"})
+        base = values["base_fingerprint"]
+        return Adapter(folder, name, values["fusion"][name], routing, base, tensors)
     except (KeyError, TypeError) as error:
         raise ConversionError(f"{config} is not an adapter's description: {error!r}") from error
 
@@ -74,7 +81,8 @@ def read_adapter(folder: Path) -> Adapter | None:
 def open_adapter(folder: Path, model: ModelConfig, base: Mapping[str, Tensor]) -> Adapter | None:
     """The folder's adapter for a model with the base tensors `base` (by canonical name).
 
-    Raises ConversionError if it belongs to another strategy, config or base model.
+    An adapter without routing serves a model with one, whose parameters are new then. Raises
+    ConversionError if it belongs to another strategy, routing, config or base model.
     """
     adapter = read_adapter(folder)
     if adapter is None:
@@ -85,19 +93,24 @@ def open_adapter(folder: Path, model: ModelConfig, base: Mapping[str, Tensor]) -
             f"{folder} holds an adapter for config.fusion.name={adapter.fusion_name}, the model has"
             f" {model.fusion_name}: change it, {remedy}"
         )
-    ours = json.loads(json.dumps(dataclasses.asdict(model.fusion)))
+    _same_config(folder, f"fusion.{adapter.fusion_name}", adapter.fusion, model.fusion)
+    if adapter.routing["name"] != "none":
+        _same_config(folder, "routing", adapter.routing, model.routing)
+    check_base(adapter, base)
+    return adapter
+
+
+def _same_config(folder: Path, name: str, stored: Mapping[str, Any], config: Any) -> None:
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
     differ = [
-        f"{key}: adapter {adapter.fusion.get(key)!r}, model {ours.get(key)!r}"
-        for key in sorted(ours.keys() | adapter.fusion.keys())
-        if ours.get(key) != adapter.fusion.get(key)
+        f"{key}: adapter {stored.get(key)!r}, model {ours.get(key)!r}"
+        for key in sorted(ours.keys() | stored.keys())
+        if ours.get(key) != stored.get(key)
     ]
     if differ:
         raise ConversionError(
-            f"{folder} holds an adapter with another config.fusion.{adapter.fusion_name}:\n  "
-            + "\n  ".join(differ)
+            f"{folder} holds an adapter with another config.{name}:\n  " + "\n  ".join(differ)
         )
-    check_base(adapter, base)
-    return adapter
 
 
 def check_base(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
@@ -111,7 +124,12 @@ def check_base(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
 
 
 def match(adapter: Adapter, wanted: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    """The adapter's tensors, if they are exactly `wanted` ({path: anything with a shape})."""
+    """The adapter's tensors, if they are exactly `wanted` ({path: anything with a shape}).
+
+    An adapter without routing need not have the routing's.
+    """
+    if adapter.routing["name"] == "none":
+        wanted = {p: x for p, x in wanted.items() if not p.startswith("routing/")}
     lines = [
         f"missing {p}: expected {list(x.shape)}"
         for p, x in wanted.items()

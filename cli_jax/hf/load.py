@@ -53,8 +53,9 @@ def load_params(
     used unless `shardings` gives others, and the first device where there are none.
     pad_vocab: lets the model have more vocabulary rows than the checkpoint (the mean row is added).
     base_only: leaves an adapter in the folder aside.
-    Missing are allowed to be: the parameters of a fusion strategy, unless the folder carries an
-    adapter; `image_newline`; and what the conversion that wrote the folder left open.
+    Missing are allowed to be: the parameters of a fusion strategy and of a routing, unless the
+    folder carries an adapter with them; `image_newline`; and what the conversion that wrote the
+    folder left open.
     Raises ConversionError listing every other difference with expected and found shapes.
     """
     checkpoint = read(source, model=model, vocab_size=model.text.vocab_size if pad_vocab else None)

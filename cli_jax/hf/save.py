@@ -81,7 +81,7 @@ class Model:
 def stored_tensors(
     arrays: Mapping[str, Array], vision: VisionConfig, text: TextConfig, *, has_newline: bool
 ) -> tuple[dict[str, Tensor], dict[str, Array]]:
-    """Our parameters by path -> (base tensors by canonical name, the fusion strategy's own)."""
+    """Our parameters by path -> (base tensors by canonical name, those no base model has)."""
     leaves = names.leaves(names.expected(vision, text, has_newline=has_newline))
     tensors: dict[str, Tensor] = {}
     for path, leaf in leaves.items():

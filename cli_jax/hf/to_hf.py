@@ -1,7 +1,7 @@
 """`convert.py to-hf`: a training checkpoint -> a folder that transformers loads.
 
-The base model goes out under the llava-hf names; what a fusion strategy added goes into the adapter
-files next to it, bound to the base by its fingerprint.
+The base model goes out under the llava-hf names; what a fusion strategy and a routing added goes
+into the adapter files next to it, bound to the base by its fingerprint.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def to_hf(
     """Writes a workdir's model (or one checkpoint folder of it) to `out`; returns the report.
 
     dtype: of the base model on disk, or `keep`. vocab_size: appends vocabulary rows. tokenizer: a
-    folder with tokenizer files, by default the one the run used. adapter_only: only the fusion
-    strategy's parameters, for whoever has the base model.
+    folder with tokenizer files, by default the one the run used. adapter_only: only the
+    parameters that the base model does not have, for whoever has that.
     """
     checkpoint = open_workdir(where, step)
     checkpoint.verify(progress=progress)
@@ -58,10 +58,11 @@ def to_hf(
     if adapter_only:
         if not own:
             raise ConversionError(
-                f"config.fusion.name={model.fusion_name} has no parameters: nothing to share"
+                f"config.fusion.name={model.fusion_name} and config.routing.name="
+                f"{model.routing.name} have no parameters: nothing to share"
             )
         with output_folder(out) as folder:
-            write_adapter(folder, model.fusion_name, model.fusion, own, fingerprint(tensors))
+            write_adapter(folder, model, own, fingerprint(tensors))
             return write_report(folder, command, {}, {}, (), [_adapter_note(model, own)])
     text, appended_from = model.text, None
     if dtype != "keep":
@@ -107,7 +108,7 @@ def to_hf(
         if own:
             written = open_source(folder).tensors
             base = {name: written[names.hub(name)] for name in tensors}
-            write_adapter(folder, model.fusion_name, model.fusion, own, fingerprint(base))
+            write_adapter(folder, model, own, fingerprint(base))
             notes.append(_adapter_note(model, own))
         origin = dict.fromkeys(tensors, f"{checkpoint.workdir}")
         return write_report(folder, command, tensors, origin, (), notes)
@@ -121,8 +122,8 @@ def _whole(path: str, array: Array) -> Stored:
 def _adapter_note(model: Any, own: dict[str, Stored]) -> str:
     count = sum(int(np.prod(t.shape)) for t in own.values())
     return (
-        f"cli_adapter.*: {count:,} parameters of fusion strategy {model.fusion_name!r};"
-        " transformers loads the base model without them"
+        f"cli_adapter.*: {count:,} parameters of fusion strategy {model.fusion_name!r} and routing"
+        f" {model.routing.name!r}; transformers loads the base model without them"
     )
 
 

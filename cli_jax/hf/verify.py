@@ -31,7 +31,7 @@ from cli_jax.model import vlm
 from cli_jax.text import load_tokenizer
 
 PROMPT = "What do you see in this picture?"
-_ROOM = Extent(tokens=32_768, visual=16_384, tiles=64, images=1)
+_ROOM = Extent(tokens=32_768, visual=16_384, tiles=64, images=1, text=32_768)
 
 
 def verify(
@@ -141,7 +141,7 @@ def _our_logits(
 
 
 def _batch(sample: Sample, checkpoint: Checkpoint) -> Batch:
-    tokens, visual, tiles, images = sample.extent
+    tokens, visual, tiles, images, _ = sample.extent
     vision = checkpoint.vision
     sizes = Sizes(1, tokens, visual, tiles, images, vision.image_size, vision.num_patches)
     return collate([[sample]], sizes)

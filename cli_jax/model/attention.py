@@ -61,11 +61,13 @@ def plain_attention(
     *,
     segments: tuple[jax.Array, jax.Array] | None = None,
     causal: bool = False,
+    places: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """The same in plain XLA, for any queries and keys; what the kernels are measured against.
 
     A query attends to a key when their segment ids (`segments` = ids of queries [B, L] and of keys
-    [B, S]) are equal and, if `causal`, the key's place in the row is not after the query's.
+    [B, S]) are equal and, if `causal`, the key's place in the row is not after the query's; where
+    they do not stand in the order of their rows, `places` (of queries and keys) says which it is.
     Scores are scaled after the product and the softmax is in float32, as transformers' eager
     attention does.
     """
@@ -80,6 +82,9 @@ def plain_attention(
         mask = of_query[:, None, None, :, None] == of_key[:, None, None, None, :]
     if causal:
         past = jnp.tril(jnp.ones((L, S), bool))[None, None, None]
+        if places is not None:
+            of_query, of_key = places
+            past = of_key[:, None, None, None, :] <= of_query[:, None, None, :, None]
         mask = past if mask is None else mask & past
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)

@@ -130,17 +130,8 @@ class Decoder(nn.Module):
             ),
         )
         self.block = DecoderLayer(c, self.dtype, self.param_dtype, parent=None)
-        one = jnp.zeros((1, 1), jnp.int32)
         self.layers = stack.stacked_params(
-            self,
-            "layers",
-            self.block,
-            c.num_hidden_layers,
-            jnp.zeros((1, 1, c.hidden_size), self.dtype),
-            rotary_angles(one, c.head_dim, c.rope_theta, self.dtype),
-            lambda q, k, v, cache, layer: (q, cache),
-            None,
-            one[0, 0],
+            self, "layers", self.block, c.num_hidden_layers, *layer_example(c, self.dtype)
         )
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype)
 
@@ -165,14 +156,13 @@ class Decoder(nn.Module):
 
         With `cache_length` (>= L) the keys and values are kept, in slots 0..L-1.
         """
-
-        def attend(q, k, v, cache, layer):
-            return self._attend(q, k, v, segment_ids_BxL), _write(cache, k, v, layer, 0)
-
         cache = None
         if cache_length is not None:
-            cache = self._empty_cache(h_BxLxD.shape[0], cache_length)
-        return self._run(h_BxLxD, positions_BxL, attend, cache, injection)
+            layers = self.config.num_hidden_layers
+            cache = self.empty_cache(layers, h_BxLxD.shape[0], cache_length)
+        attend = attend_row(segment_ids_BxL, self.compute.attention)
+        h, outs, cache = self.run(h_BxLxD, positions_BxL, attend, cache, injection=injection)
+        return self.norm(h), outs, cache
 
     def watch(
         self,
@@ -190,14 +180,17 @@ class Decoder(nn.Module):
             for heads in (c.num_attention_heads, c.num_key_value_heads)
         )
 
+        inner = attend_row(segment_ids_BxL, self.compute.attention)
+
         def attend(q, k, v, seen, layer):
             seen = jax.tree.map(lambda x, one: x.at[layer].set(one), seen, see(q, k))
-            return self._attend(q, k, v, segment_ids_BxL), seen
+            return inner(q, k, v, None, layer)[0], seen
 
         seen = jax.tree.map(
             lambda x: jnp.zeros((c.num_hidden_layers, *x.shape), x.dtype), jax.eval_shape(see, q, k)
         )
-        return self._run(h_BxLxD, positions_BxL, attend, seen, injection)
+        h, outs, seen = self.run(h_BxLxD, positions_BxL, attend, seen, injection=injection)
+        return self.norm(h), outs, seen
 
     def decode(
         self,
@@ -208,56 +201,124 @@ class Decoder(nn.Module):
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
         """One token per row: writes its key and value to `slot` and attends to `valid` slots."""
+        attend = attend_cache(slot, valid_BxS)
+        h, _, cache = self.run(h_BxD[:, None], positions_B[:, None], attend, cache)
+        return self.norm(h)[:, 0], cache
 
-        def attend(q, k, v, cache, layer):
-            cache = _write(cache, k, v, layer, slot)
-            ones = jnp.ones_like(positions_B)[:, None]
-            segments = (ones, valid_BxS.astype(ones.dtype))
-            keys, values = cache.key[layer], cache.value[layer]
-            return plain_attention(q, keys, values, segments=segments), cache
+    def run(
+        self,
+        h_BxLxD: jax.Array,
+        positions_BxL: jax.Array,
+        attend: Attend,
+        cache: Any,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        injection: Injection | None = None,
+    ) -> tuple[jax.Array, Any, Any]:
+        """Layers [start, stop), all by default -> (h, outputs of the injections, cache); no norm.
 
-        h, _, cache = self._run(h_BxD[:, None], positions_B[:, None], attend, cache, None)
-        return h[:, 0], cache
-
-    def _attend(self, q, k, v, segment_ids_BxL) -> jax.Array:
-        axes, kernel = ("heads", "kv_heads"), self.compute.attention
-        return attention(q, k, v, segment_ids_BxL, causal=True, heads=axes, kernel=kernel)
-
-    def _run(self, h, positions, attend, cache, injection):
+        `cache` is that of these layers, or None; `attend` is given a layer's place in it.
+        """
         c = self.config
-        rotary = rotary_angles(positions, c.head_dim, c.rope_theta, self.dtype)
+        count = (c.num_hidden_layers if stop is None else stop) - start
+        rotary = rotary_angles(positions_BxL, c.head_dim, c.rope_theta, self.dtype)
+        # A scan over some of the layers would copy their weights: they are looked up instead.
+        layers = self.layers if count == c.num_hidden_layers else None
+        points, inject, xs = injection or Injection((), lambda h, _: (h, None), None)
 
         def body(carry, xs):
             h, cache = carry
             params, layer = xs
+            if params is None:
+                params = jax.tree.map(lambda x: _at(x, start + layer), self.layers)
             h = layer_input(h)
             return self.block.apply({"params": params}, h, rotary, attend, cache, layer), None
 
         def visit(carry, point):
             h, cache = carry
-            h, out = injection.inject(layer_input(h), point)
+            h, out = inject(layer_input(h), point)
             return (h, cache), out
 
         (h, cache), outs = stack.run(
             body,
-            (h, cache),
-            (self.layers, jnp.arange(c.num_hidden_layers)),
-            stop=c.num_hidden_layers,
+            (h_BxLxD, cache),
+            (layers, jnp.arange(count)),
+            stop=count,
             unroll=not self.compute.scan_layers,
-            points=injection.points if injection else (),
+            points=points,
             visit=visit,
-            visits=injection.xs if injection else None,
+            visits=xs,
             remat=self.compute.remat,
         )
-        return self.norm(h), outs, cache
+        return h, outs, cache
 
-    def _empty_cache(self, rows: int, length: int) -> Cache:
+    def keys_values(
+        self, h_BxLxD: jax.Array, positions_BxL: jax.Array, layer: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """What a layer lets others see of h: keys and values [B, L, kv_heads, head_dim].
+
+        The layer is applied as a whole; all that follows its keys and values is dead code, which
+        the compiler drops.
+        """
         c = self.config
-        shape = (c.num_hidden_layers, rows, length, c.num_key_value_heads, c.head_dim)
+        rotary = rotary_angles(positions_BxL, c.head_dim, c.rope_theta, self.dtype)
+        params = jax.tree.map(lambda x: x[layer], self.layers)
+        out: Any = self.block.apply(
+            {"params": params}, h_BxLxD, rotary, lambda q, k, v, *_: (q, (k, v)), None, layer
+        )
+        return out[1]
+
+    def empty_cache(self, layers: int, rows: int, length: int) -> Cache:
+        """A cache of so many layers, for `length` tokens of every row."""
+        c = self.config
+        shape = (layers, rows, length, c.num_key_value_heads, c.head_dim)
         return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
 
-def _write(cache: Cache | None, k, v, layer, slot) -> Cache | None:
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+
+
+def layer_example(c: TextConfig, dtype: Dtype) -> tuple[Any, ...]:
+    """Arguments of a DecoderLayer, to initialize its parameters with."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    return (
+        jnp.zeros((1, 1, c.hidden_size), dtype),
+        rotary_angles(one, c.head_dim, c.rope_theta, dtype),
+        lambda q, k, v, cache, layer: (q, cache),
+        None,
+        one[0, 0],
+    )
+
+
+def attend_row(segment_ids_BxL: jax.Array, kernel: str) -> Attend:
+    """Causal attention within the samples of rows; fills the first L slots of a cache."""
+
+    def attend(q, k, v, cache, layer):
+        out = attention(
+            q, k, v, segment_ids_BxL, causal=True, heads=("heads", "kv_heads"), kernel=kernel
+        )
+        return out, write_cache(cache, k, v, layer, 0)
+
+    return attend
+
+
+def attend_cache(slot: jax.Array, valid_BxS: jax.Array) -> Attend:
+    """One token per row: its key and value go to `slot`, it attends to the `valid` slots."""
+
+    def attend(q, k, v, cache, layer):
+        cache = write_cache(cache, k, v, layer, slot)
+        ones = jnp.ones((q.shape[0], 1), jnp.int32)
+        segments = (ones, valid_BxS.astype(ones.dtype))
+        keys, values = cache.key[layer], cache.value[layer]
+        return plain_attention(q, keys, values, segments=segments), cache
+
+    return attend
+
+
+def write_cache(cache: Cache | None, k, v, layer, slot) -> Cache | None:
+    """The cache with keys and values [B, l, ...] of a layer from a slot on."""
     if cache is None:
         return None
     at = (layer, 0, slot, 0, 0)

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cli_jax import routing
 from cli_jax.config import ComputeConfig, ModelConfig
 from cli_jax.fusion import registry
 from cli_jax.model.attention import kernel_for
-from cli_jax.model.decoder import Cache, Decoder, See
+from cli_jax.model.decoder import Decoder, Injection, See
 from cli_jax.model.gather import place
 from cli_jax.model.layers import partitioned
 from cli_jax.model.projector import Projector
 from cli_jax.model.vision import Emit, VisionTower, normalize
+from cli_jax.routing.base import Scored
 
 Batch = dict[str, jax.Array]
 
 
 class Output(NamedTuple):
-    """hidden [B, L, D] after the final norm; gates [T, B, I, K(, D)] float32, or None."""
+    """hidden [B, L, D] after the final norm; gates [T, B, I, K(, D)] float32, or None.
+
+    scored: where a token can be predicted, if that is not everywhere (`routing/base.py`).
+    """
 
     hidden: jax.Array
     gates: jax.Array | None
+    scored: Scored | None = None
 
 
 class VLM(nn.Module):
@@ -44,6 +49,7 @@ class VLM(nn.Module):
         self.multi_modal_projector = Projector(c.text.hidden_size, dtype, param_dtype)
         self.fusion = strategy(c, not compute.scan_layers, compute.remat, dtype, param_dtype)
         self.language_model = Decoder(c.text, compute, dtype, param_dtype)
+        self.routing = routing.of(c)(c, compute, dtype, param_dtype)
         if c.has_newline:
             self.image_newline = self.param(
                 "image_newline",
@@ -64,22 +70,22 @@ class VLM(nn.Module):
 
     def __call__(self, batch: Batch) -> Output:
         """A batch (cli_jax/batch.py) -> hidden states and gates."""
-        hidden, gates, _ = self._forward(batch, self.language_model)
+        output, _ = self._forward(batch, None)
         if self.is_initializing():
-            self.logits(hidden[:1, :1])
-        return Output(hidden, gates)
+            self.logits(output.hidden[:1, :1])
+        return output
 
-    def prefill(self, batch: Batch, cache_length: int) -> tuple[Output, Cache]:
+    def prefill(self, batch: Batch, cache_length: int) -> tuple[Output, Any]:
         """The same, keeping keys and values in slots 0..L-1 of a cache of `cache_length` slots."""
-        decoder = functools.partial(self.language_model, cache_length=cache_length)
-        hidden, gates, cache = self._forward(batch, decoder)
-        return Output(hidden, gates), cache
+        return self._forward(batch, cache_length)
 
     def watch(self, batch: Batch, see: See) -> tuple[Output, Any]:
         """The same as a call, and what `see` makes of every decoder layer's queries and keys."""
-        decoder = functools.partial(self.language_model.watch, see=see)
-        hidden, gates, seen = self._forward(batch, decoder)
-        return Output(hidden, gates), seen
+        h_BxLxD, injection = self._embed(batch)
+        hidden, outs, seen = self.language_model.watch(
+            h_BxLxD, batch["positions"], batch["segment_ids"], see=see, injection=injection
+        )
+        return Output(hidden, outs), seen
 
     def decode(
         self,
@@ -87,12 +93,12 @@ class VLM(nn.Module):
         positions_B: jax.Array,
         slot: jax.Array,
         valid_BxS: jax.Array,
-        cache: Cache,
-    ) -> tuple[jax.Array, Cache]:
+        cache: Any,
+    ) -> tuple[jax.Array, Any]:
         """One generated token per row -> (hidden [B, D], cache). No vision, no injection."""
-        return self.language_model.decode(
-            self.language_model.embed(tokens_B), positions_B, slot, valid_BxS, cache
-        )
+        decoder = self.language_model
+        h_BxD = decoder.embed(tokens_B)
+        return self.routing.decode(decoder, h_BxD, positions_B, slot, valid_BxS, cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., vocab]."""
@@ -117,7 +123,8 @@ class VLM(nn.Module):
         outs, last = self.vision_tower(tiles, layers, stop, lambda x, own: emit(by_row(x), own), xs)
         return outs, by_row(last)
 
-    def _forward(self, batch: Batch, decoder: Callable[..., tuple]) -> tuple:
+    def _embed(self, batch: Batch) -> tuple[jax.Array, Injection | None]:
+        """What enters the decoder [B, L, D], and what is injected into it."""
         look = functools.partial(self.look, batch["pixel_values"])
         fused = self.fusion(look, batch, self.multi_modal_projector)
         features_BxPxD = fused.features
@@ -129,12 +136,12 @@ class VLM(nn.Module):
         placed = place(features_BxPxD, batch["visual_index"], batch["visual_position"])
         is_visual = (batch["visual_index"] < features_BxPxD.shape[1])[..., None]
         h_BxLxD = jnp.where(is_visual, placed, self.language_model.embed(batch["input_ids"]))
-        return decoder(
-            nn.with_logical_constraint(h_BxLxD, ("batch", "length", None)),
-            batch["positions"],
-            batch["segment_ids"],
-            injection=fused.injection,
-        )
+        return nn.with_logical_constraint(h_BxLxD, ("batch", "length", None)), fused.injection
+
+    def _forward(self, batch: Batch, cache_length: int | None) -> tuple[Output, Any]:
+        h_BxLxD, injection = self._embed(batch)
+        routed = self.routing(self.language_model, h_BxLxD, batch, injection, cache_length)
+        return Output(routed.hidden, routed.outs, routed.scored), routed.cache
 
 
 def build(config: ModelConfig, compute: ComputeConfig, platform: str | None = None) -> VLM:
@@ -146,5 +153,6 @@ def build(config: ModelConfig, compute: ComputeConfig, platform: str | None = No
     strategy = registry.of(config)
     strategy.vision_layers(config.fusion, config.vision)
     strategy.decoder_layers(config.fusion, config.text)
+    routing.of(config).check(config)
     kernel: Any = kernel_for(compute.attention, platform or jax.default_backend())
     return VLM(config, dataclasses.replace(compute, attention=kernel))

@@ -65,14 +65,21 @@ def loss_sums(
     *,
     average: Literal["tokens", "samples"],
     chunk: int = 0,
+    positions_BxR: jax.Array | None = None,
 ) -> LossSums:
     """Cross-entropy of the next tokens given final hidden states and the head.
 
     `logits` maps hidden [B, l, D] to float32 [B, l, vocab]. With `chunk` > 0 the head runs on that
     many positions of every row at a time, forward and backward, so the logits of a whole row never
     exist; the result is the same up to the order of the sum.
+
+    `positions`: hidden states [B, R, D] are of these positions of the row only (L = none); targets
+    of other positions carry no loss and no weight.
     """
     targets = next_token_targets(labels_BxL, segment_ids_BxL)
+    if positions_BxR is not None:
+        targets = _at(targets, positions_BxR, IGNORE)
+        segment_ids_BxL = _at(segment_ids_BxL, positions_BxR, 0)
     weights = target_weights(targets, segment_ids_BxL, average)
 
     def piece(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> LossSums:
@@ -98,6 +105,10 @@ def loss_sums(
 
     zero = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
     return jax.lax.scan(add, zero, pieces)[0]
+
+
+def _at(x_BxL: jax.Array, positions_BxR: jax.Array, none: int) -> jax.Array:
+    return jnp.take_along_axis(x_BxL, positions_BxR, axis=1, mode="fill", fill_value=none)
 
 
 def _sums(logits_BxLxX: jax.Array, targets_BxL: jax.Array, weights_BxL: jax.Array) -> LossSums:

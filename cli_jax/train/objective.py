@@ -38,13 +38,16 @@ def _build_vlm(experiment: Experiment, platform: str) -> nn.Module:
 
 def _next_token(experiment: Experiment, model: nn.Module, params: Params, batch: Batch) -> LossSums:
     apply: Any = model.apply
+    output = apply({"params": params}, batch)
+    hidden, positions = output.scored or (output.hidden, None)
     return loss_sums(
-        apply({"params": params}, batch).hidden,
+        hidden,
         batch["labels"],
         batch["segment_ids"],
         lambda hidden: apply({"params": params}, hidden, method="logits"),
         average=experiment.optimizer.loss_average,
         chunk=experiment.compute.loss_chunk,
+        positions_BxR=positions,
     )
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from cli_jax.train.optimizer import Rates
 
-NEW = "fusion"  # parameters that no base model has; listed one by one
+NEW = ("fusion", "routing")  # parameters that no base model has; listed one by one
 
 
 def parameter_table(leaves: dict[str, Any], rates: Rates) -> str:
     """One line per part of the model: name, shape or arrays, count, share, and rate or "frozen".
 
-    The fusion strategy's own parameters are listed leaf by leaf; the rest of the model by its
-    first two path components.
+    The fusion strategy's and the routing's own parameters are listed leaf by leaf; the rest of the
+    model by its first two path components.
     """
     sizes = {path: math.prod(leaf.shape) for path, leaf in leaves.items()}
     total = sum(sizes.values())
@@ -26,9 +26,9 @@ def parameter_table(leaves: dict[str, Any], rates: Rates) -> str:
     for name, paths in groups.items():
         shown = f"{name} {list(leaves[name].shape)}" if _is_new(name) else name
         rows.append(_row(shown, paths, sizes, rates, total))
-    new = [path for path in leaves if _is_new(path)]
-    if new:
-        rows.append(_row(f"new: {NEW}/*", new, sizes, rates, total))
+    for part in NEW:
+        if new := [path for path in leaves if path.startswith(f"{part}/")]:
+            rows.append(_row(f"new: {part}/*", new, sizes, rates, total))
     rows.append(_row("total", list(leaves), sizes, rates, total))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
@@ -54,4 +54,4 @@ def _row(
 
 
 def _is_new(path: str) -> bool:
-    return path.split("/")[0] == NEW
+    return path.split("/")[0] in NEW

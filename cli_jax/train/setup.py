@@ -107,6 +107,7 @@ def _abstract_batch(
         images=data.images_per_row,
         tile_size=vision.image_size,
         patches=vision.num_patches,
+        text=data.text_per_row,
     )
     return {
         name: jax.ShapeDtypeStruct((data.batch_size, *x.shape[1:]), x.dtype, sharding=sharding)

@@ -98,7 +98,21 @@ def unpack(batch, patches=VISION.num_patches):
         assert (row["visual_position"] < length).sum() == slots_used
         assert (row["visual_index"] < len(row["visual_position"])).sum() == slots_used
         assert (row["plan_weight"][slots_used:] == 0).all()
+        _check_text(row)
     return found
+
+
+def _check_text(row):
+    """Text slots, where there are any, are the tokens that are neither visual nor padding."""
+    slots, length = len(row["text_position"]), len(row["input_ids"])
+    if not slots:
+        assert len(row["text_index"]) == 0
+        return
+    visual = set(row["visual_position"].tolist())
+    text = [at for at in range(length) if row["segment_ids"][at] and at not in visual]
+    assert row["text_position"].tolist() == text + [length] * (slots - len(text))
+    inverse = [text.index(at) if at in text else slots for at in range(length)]
+    assert row["text_index"].tolist() == inverse
 
 
 def _read(row, segment, patches):

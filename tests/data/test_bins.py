@@ -184,7 +184,7 @@ def test_only_bins_go_on_with_another_number_of_processes(data):
 def test_bins_of_other_data_or_settings_are_refused(data, tmp_path):
     source = data.train[0]
     for changes, named in [
-        ({"row_length": 201}, r"row was \[200, 48, 8, 4\] and is \[201, 48, 8, 4\]"),
+        ({"row_length": 201}, r"row was \[200, 48, 8, 4, 200\] and is \[201, 48, 8, 4, 201\]"),
         ({"template": "question_first"}, r"data\.template was 'qwen_1_5' and is"),
         ({"turns": "one"}, r"data\.turns was 'all' and is 'one'"),
         ({"train": (dataclasses.replace(source, stop=9),)}, r"data\.train\[0\]\.stop was 23 and"),
@@ -216,7 +216,6 @@ def test_a_relative_path_starts_in_the_root(data):
     base = Experiment(
         name="", model=None, data=dataclasses.replace(data, root="/r", bins="b.npz"),
         optimizer=None, mesh=None, compute=None, checkpoint=None, log=None, eval=EvalConfig(),
-        routing=None,
     )  # fmt: skip
     assert locate(base, "run").data.bins == "/r/b.npz"
     online = dataclasses.replace(base, data=dataclasses.replace(base.data, bins=""))

@@ -12,7 +12,7 @@ from cli_jax.data.collate import Extent
 from cli_jax.data.packing import Packer
 
 N = small.VISION.num_patches
-SIZES = Sizes(rows=3, length=24, visual=14, tiles=4, images=3, tile_size=8, patches=N)
+SIZES = Sizes(rows=3, length=24, visual=14, tiles=4, images=3, tile_size=8, patches=N, text=18)
 
 
 @st.composite
@@ -22,7 +22,7 @@ def samples(draw):
     newlines = draw(st.lists(st.booleans(), max_size=2))  # per picture
     slots = [N + newline for newline in newlines]
     v, m = sum(slots), len(slots)
-    n = v + draw(st.integers(1, SIZES.length - v))
+    n = v + draw(st.integers(1, min(SIZES.length - v, SIZES.text)))
     position = np.sort(rng.choice(n, v, replace=False))
     newline = np.concatenate([np.arange(s) >= N for s in slots] or [np.zeros(0, bool)])
     image = np.repeat(np.arange(m), slots)
@@ -77,7 +77,7 @@ def test_a_sample_joins_the_first_row_that_has_room_in_every_dimension():
             np.zeros((m, 8, 8, 3)), np.zeros(i),
         )  # fmt: skip
 
-    packer = Packer(Extent(10, 10, 4, 2), 2)
+    packer = Packer(Extent(10, 10, 4, 2, 10), 2)
     stream = [(8, 0, 0, 0), (5, 0, 3, 1), (2, 0, 2, 1), (4, 0, 1, 1), (1, 0, 0, 1), (1, 0, 0, 0)]
     closed = [packer.place(key, sized(*extent)) for key, extent in enumerate(stream)]
     assert [row and [key for key, _ in row] for row in closed] == [None] * 4 + [[0, 2], None]

@@ -24,7 +24,7 @@ from cli_jax.experiment import SourceConfig
 from cli_jax.image.errors import ImageError
 
 TOKENIZER = small.tokenizer()
-ROOM = Extent(10_000, 5000, 100, 9)
+ROOM = Extent(10_000, 5000, 100, 9, 9000)
 SPEC = dataclasses.replace(
     SampleSpec.from_config(small.DATA, small.IMAGE, small.VISION, TOKENIZER), room=ROOM
 )
@@ -140,11 +140,11 @@ def test_the_file_holds_every_usable_row_once_and_lists_the_others(data, tmp_pat
     assert [path.name for path in (tmp_path / "deep").iterdir() if path.name.startswith(".")] == []
 
     extents = [make_sample(row, str(tmp_path), SPEC).extent for row in rows[:12]]
-    used = np.sum(extents, 0) / notes["bins"] / (256, 48, 8, 4)
+    used = np.sum(extents, 0) / notes["bins"] / (256, 48, 8, 4, 256)
     assert list(notes["fill"].values()) == pytest.approx(used.tolist())
     assert notes["samples_per_update"] == pytest.approx(12 / notes["bins"] * data.batch_size)
     for bin in members(data.bins):
-        assert (np.sum([extents[row] for _, row in bin], 0) <= (256, 48, 8, 4)).all()
+        assert (np.sum([extents[row] for _, row in bin], 0) <= (256, 48, 8, 4, 256)).all()
 
 
 def test_the_samples_of_a_bin_fit_it_and_fill_it(tmp_path):

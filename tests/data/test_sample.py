@@ -40,7 +40,7 @@ def test_a_picture_takes_the_place_of_its_slot(tmp_path):
     at = text.ids.tolist().index(IMAGE)
     p = plan.num_tokens
     assert sample.id == "r7"
-    assert sample.extent == (len(text.ids) - 1 + p, p, plan.num_tiles, 1)
+    assert sample.extent == (len(text.ids) - 1 + p, p, plan.num_tiles, 1, len(text.ids) - 1)
     assert sample.ids.tolist() == [*text.ids[:at], *[0] * p, *text.ids[at + 1 :]]
     assert sample.labels.tolist() == [*text.labels[:at], *[IGNORE] * p, *text.labels[at + 1 :]]
     assert sample.visual_position.tolist() == list(range(at, at + p))
@@ -64,7 +64,7 @@ def test_without_a_picture_a_slot_is_text(tmp_path, image):
         del row["image"]
     sample = make_sample(row, str(tmp_path), SPEC)
     assert sample.ids.tolist() == encoded(row, 0).ids.tolist()
-    assert sample.extent == (len(sample.ids), 0, 0, 0)
+    assert sample.extent == (len(sample.ids), 0, 0, 0, len(sample.ids))
     assert sample.tiles.shape == (0, 8, 8, 3)
 
 
@@ -81,7 +81,7 @@ def test_several_pictures_keep_their_order_and_places(tmp_path):
     row = small.row(0, "<image>Q<image>", "A", names)
     sample = make_sample(row, str(tmp_path), SPEC)
     # pad_newline: one tile of 4 patches and a newline each.
-    assert sample.extent[1:] == (10, 2, 2)
+    assert sample.extent[1:4] == (10, 2, 2)
     assert sample.visual_image.tolist() == [0] * 5 + [1] * 5
     assert sample.visual_newline.tolist() == ([False] * 4 + [True]) * 2
     assert sample.plan_index[[0, 3, 5, 8], 0].tolist() == [0, 3, 4, 7]
@@ -200,7 +200,7 @@ def test_a_row_survives_json(tmp_path):
     square = ImageConfig(aspect_ratio="square")
     spec = dataclasses.replace(SPEC, image=square, template="plain", labels="reference")
     sample = make_sample(row, str(tmp_path), spec)
-    assert sample.extent == (4 + 2, 4, 1, 1)
+    assert sample.extent == (4 + 2, 4, 1, 1, 2)
     assert sample.labels.tolist() == [IGNORE] * 4 + sample.ids[4:].tolist()
     assert sample.context_end.tolist() == [4]
 

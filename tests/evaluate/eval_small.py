@@ -93,7 +93,7 @@ def make_model(experiment: Experiment, seed: int = 0) -> tuple[Any, Any]:
     vision = experiment.model.vision
     row = batch_lib.empty(
         rows=1, length=4, visual=2, tiles=1, images=1,
-        tile_size=vision.image_size, patches=vision.num_patches,
+        tile_size=vision.image_size, patches=vision.num_patches, text=2,
     )  # fmt: skip
     shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), row)["params"])
     rng = np.random.default_rng(seed)

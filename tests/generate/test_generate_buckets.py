@@ -51,7 +51,7 @@ def test_few_buckets_hold_every_length():
 
 @given(st.integers(1, 500), st.integers(0, 9000), st.integers(0, 37), st.integers(0, 20))
 def test_a_bucket_holds_its_prompt(text, visual, tiles, images):
-    extent = Extent(text + visual, visual, tiles, images)
+    extent = Extent(text + visual, visual, tiles, images, text)
     assert all(room >= need for room, need in zip(bucket(extent), extent, strict=True))
 
 
@@ -73,7 +73,11 @@ def test_every_prompt_comes_out_once_in_batches_of_its_bucket():
 
 
 def batch_tail(batch):
-    return batch["pixel_values"].shape[1], batch["image_segment"].shape[1]
+    return (
+        batch["pixel_values"].shape[1],
+        batch["image_segment"].shape[1],
+        batch["text_position"].shape[1],
+    )
 
 
 def test_a_full_group_does_not_wait_for_the_end():
@@ -90,4 +94,4 @@ def test_a_full_group_does_not_wait_for_the_end():
 
 
 def test_questions_of_usual_length_about_one_picture_size_share_a_bucket():
-    assert len({bucket(Extent(100 + text, 100, 1, 1)) for text in range(1, 65)}) == 1
+    assert len({bucket(Extent(100 + text, 100, 1, 1, text)) for text in range(1, 65)}) == 1

@@ -22,7 +22,6 @@ from cli_jax.experiment import (
     LogConfig,
     MeshConfig,
     OptimizerConfig,
-    RoutingConfig,
     to_dict,
 )
 from cli_jax.train.checkpoint import Checkpoints
@@ -41,7 +40,6 @@ def experiment(model: ModelConfig, **fields: Any) -> Experiment:
             "checkpoint": CheckpointConfig(),
             "log": LogConfig(),
             "eval": EvalConfig(),
-            "routing": RoutingConfig(),
             **fields,
         }
     )

@@ -115,7 +115,7 @@ def batch_of(
     """Rows of named prompts, packed from the left, with room left over in every dimension."""
     samples = [[to_sample(name, prompts[name], config, change) for name in row] for row in rows]
     used = np.max(
-        [np.reshape([s.extent for s in row], (-1, 4)).sum(axis=0) for row in samples], axis=0
+        [np.reshape([s.extent for s in row], (-1, 5)).sum(axis=0) for row in samples], axis=0
     )
     sizes = Sizes(
         rows=len(rows),
