@@ -126,9 +126,15 @@ def mean_mass(
     A prompt is a row up to its last answer, with the words that ask for it, and without the answer.
     Image positions are all of the prompt's, newline tokens included. Every prompt counts once.
     What a fusion strategy adds before a layer is part of what that layer attends with. Raises
-    AnalysisError if no prompt has text behind a picture.
+    AnalysisError if no prompt has text behind a picture, and for a model in which not every layer
+    sees every token.
     """
-    text = experiment.model.text
+    text, routing = experiment.model.text, experiment.model.routing.name
+    if routing != "none":
+        raise AnalysisError(
+            f"the model is routed (config.routing.name={routing}): its late layers never see a "
+            f"picture; analyze the model that it was made from"
+        )
     prompts = Prompts(experiment, path, image_root, limit=limit, what="attention")
     mass = Mass(np.zeros((text.num_hidden_layers, text.num_attention_heads)))
 
