@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cli_jax.config import ComputeConfig, ImageConfig, ModelConfig, TextConfig, VisionConfig
+from cli_jax.image.extras import Extras
 
 
 class ConfigError(ValueError):
@@ -46,7 +47,7 @@ class DataConfig:
     batch_size: int = 8  # rows per update, over all devices and accumulation steps
     row_length: int = 1024  # L
     visual_per_row: int = 768  # P
-    tiles_per_row: int = 2  # M
+    tiles_per_row: int = 2  # M; tiles that a strategy adds to pictures have room beside them
     images_per_row: int = 4  # I
     pack: bool = True  # several samples per row
     bins: str = ""  # which samples share a row, from cli_jax/data/prepare.py; empty: packed online
@@ -144,6 +145,16 @@ class Experiment:
     seed: int = 0
     total_steps: int = 1000
     init_from: str = ""  # Hugging Face folder or hub id, converted folder, or a workdir
+
+    @property
+    def extras(self) -> Extras:
+        """What the fusion strategy adds to every picture; ConfigError if it cannot."""
+        from cli_jax.fusion import registry  # the strategies' code, which data code does not load
+
+        try:
+            return registry.of(self.model).extras(self.model.fusion, self.model)
+        except ValueError as error:
+            raise ConfigError(f"config.fusion.{self.model.fusion_name}: {error}") from error
 
 
 def from_dict(config: Mapping[str, Any]) -> Experiment:

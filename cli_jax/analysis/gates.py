@@ -121,7 +121,7 @@ def mean_gates(
                 yield number, prompt
 
     with bar:
-        for numbers, batch in batches(usable(), rows, spec.vision):
+        for numbers, batch in batches(usable(), rows, spec.vision, spec.extras):
             gates_BxIxTxK = jax.device_get(forward(params, batch))
             for row, number in enumerate(numbers):
                 for image in np.flatnonzero(batch["image_segment"][row]):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cli_jax.config import ModelConfig, TextConfig, VisionConfig
+from cli_jax.data.collate import Sizes
 from cli_jax.experiment import Experiment
 from cli_jax.fusion import registry
 from cli_jax.fusion.base import Row
@@ -31,8 +32,8 @@ Flops = dict[str, float]
 
 def row_of(experiment: Experiment) -> Row:
     """A row of a config, filled to the last slot."""
-    data = experiment.data
-    return Row(data.row_length, data.visual_per_row, data.tiles_per_row)
+    sizes = Sizes.from_config(experiment.data, experiment.model.vision, 1, experiment.extras)
+    return Row(sizes.length, sizes.visual, sizes.tiles, sizes.images)
 
 
 def forward(model: ModelConfig, row: Row) -> Flops:

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from cli_jax import batch as batch_lib
+from cli_jax.data.collate import Sizes
 from cli_jax.experiment import Experiment, MeshConfig, load
 from cli_jax.model import vlm
 from cli_jax.parallel.mesh import make_mesh
@@ -49,16 +50,8 @@ def open_run(workdir: str | Path, step: int | None = None) -> Run:
     mesh = make_mesh(MeshConfig(), experiment.model)
     rules, _ = rules_for(experiment.model, mesh)
     model = vlm.build(experiment.model, experiment.compute)
-    vision = experiment.model.vision
-    row = batch_lib.empty(
-        rows=1,
-        length=2,
-        visual=1,
-        tiles=1,
-        images=1,
-        tile_size=vision.image_size,
-        patches=vision.num_patches,
-    )
+    sizes = Sizes.from_config(experiment.data, experiment.model.vision, 1, experiment.extras)
+    row = batch_lib.empty(**dataclasses.asdict(sizes))
     boxed = jax.eval_shape(model.init, jax.random.key(0), row)["params"]
     abstract, _ = shard_params(boxed, mesh, rules)
     return Run(experiment, model, load_params(workdir, step, abstract), step, mesh, rules)

@@ -7,36 +7,44 @@ know nothing of strategies: they are given layer indices and an `Injection`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from cli_jax.config import ModelConfig, TextConfig, VisionConfig
+from cli_jax.image.extras import NO_EXTRAS, Extras
 from cli_jax.model.decoder import Injection
 from cli_jax.model.gather import apply_plan
 from cli_jax.model.layers import Dtype
 from cli_jax.model.projector import Projector
 from cli_jax.model.vision import Emit
 
-# look(layers, stop, emit, xs): runs the tower to layer `stop` once and keeps, of each of the
-# ascending `layers`, emit(V_k [B, M*N, V], xs[i]), stacked on axis 0; returns that and V_stop
-# [B, M*N, V]. What is emitted stays for the whole decoder: better the features of visual slots than
-# the states of all patches.
-Look = Callable[[tuple[int, ...], int, Emit, Any], tuple[Any, jax.Array]]
 LayerSpec = tuple[int, ...] | str  # indices, "all" or "every:m"
 TapSpec = tuple[int | tuple[int, ...], ...] | str  # an entry with several layers is their mean
 Tap = tuple[int, ...]  # vision layers whose mean is one tap
 
 
+class Look(Protocol):
+    """Runs the tower to layer `stop` once and keeps, of each of the ascending `layers`,
+    emit(V_k [B, M*N, V], xs[i]), stacked on axis 0 or, with `add`, summed up; returns that and
+    V_stop [B, M*N, V]. What is emitted stays for the whole decoder: better the features of visual
+    slots, or a sum, than the states of all patches."""
+
+    def __call__(
+        self, layers: tuple[int, ...], stop: int, emit: Emit, xs: Any, add: bool = False, /
+    ) -> tuple[Any, jax.Array]: ...
+
+
 class Row(NamedTuple):
-    """How much one row holds: tokens L, visual slots P, tiles M."""
+    """How much one row holds: tokens L, visual slots P, tiles M, images I."""
 
     length: int
     visual: int
     tiles: int
+    images: int = 1
 
 
 class Fused(NamedTuple):
@@ -80,6 +88,18 @@ class Fusion(nn.Module):
     def banked_taps(cls, config: Any, vision: VisionConfig) -> tuple[Tap, ...]:
         """The taps kept for the whole decoder, [K, B, P, D], and read at every injection."""
         return ()
+
+    @classmethod
+    def bank_reads(cls, config: Any, model: ModelConfig, row: Row) -> float:
+        """Numbers that all injections of one row's forward pass read of what is kept for them."""
+        points = len(cls.decoder_layers(config, model.text))
+        taps = len(cls.banked_taps(config, model.vision))
+        return float(points * taps * row.visual * model.text.hidden_size)
+
+    @classmethod
+    def extras(cls, config: Any, model: ModelConfig) -> Extras:
+        """Tokens and tiles that host code adds to every picture; ValueError if it cannot."""
+        return NO_EXTRAS
 
     @classmethod
     def flops(cls, config: Any, model: ModelConfig, row: Row) -> dict[str, float]:
@@ -166,23 +186,44 @@ def is_patch(batch: dict[str, jax.Array]) -> jax.Array:
 
 def gather_patches(x_BxMNxD: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
     """Patches of a row's tiles [B, M*N, D] -> visual slots [B, P, D], through the gather plan."""
+    check_plan(x_BxMNxD, batch)
     return apply_plan(x_BxMNxD, batch["plan_index"], batch["plan_weight"], batch["plan_inverse"])
+
+
+def check_plan(x_BxMNxD: jax.Array, batch: dict[str, jax.Array]) -> None:
+    """Raises ValueError if the batch's plan is not about as many features as the strategy has."""
+    there, here = batch["plan_inverse"].shape[1], x_BxMNxD.shape[1]
+    if there != here:
+        raise ValueError(
+            f"the batch's plan reads {there} features of a row, the model has {here}: make the "
+            "batch with the strategy's extras (Experiment.extras)"
+        )
 
 
 def project(x_BxMNxV: jax.Array, batch: dict[str, jax.Array], projector: Projector) -> jax.Array:
     """P(V) on visual slots [B, P, D]; newline and padding slots get no bias and stay zero."""
-    gathered = gather_patches(projector.hidden(x_BxMNxV), batch)
-    return projector.output(gathered) * is_patch(batch)[..., None]
+    return project_hidden(projector.hidden(x_BxMNxV), batch, projector)
 
 
-def project_flops(model: ModelConfig, row: Row) -> float:
-    """FLOPs of one `project`: the first map on every patch, the second on every visual slot."""
-    V, D = model.vision.hidden_size, model.text.hidden_size
-    return 2.0 * D * (row.tiles * model.vision.num_patches * V + row.visual * D) + plan_flops(
-        D, row
-    )
+def project_hidden(
+    hidden_BxMNxD: jax.Array, batch: dict[str, jax.Array], projector: Projector
+) -> jax.Array:
+    """The second half of `project`, from P's hidden units of every patch."""
+    return projector.output(gather_patches(hidden_BxMNxD, batch)) * is_patch(batch)[..., None]
 
 
-def plan_flops(width: int, row: Row) -> float:
-    """FLOPs of one `gather_patches` of features of a width: four weighted patches a slot."""
-    return 8.0 * width * row.visual
+def project_flops(
+    model: ModelConfig, row: Row, *, width: int | None = None, pooled: int = 0
+) -> float:
+    """FLOPs of one `project`: the first map on every patch, the second on every visual slot.
+
+    width: of what is projected, by default V; pooled: features of a tile beside its patches.
+    """
+    V, D = width or model.vision.hidden_size, model.text.hidden_size
+    features = row.tiles * (model.vision.num_patches + pooled)
+    return 2.0 * D * (features * V + row.visual * D) + plan_flops(D, row.visual)
+
+
+def plan_flops(width: int, slots: int) -> float:
+    """FLOPs of one `apply_plan` of features of a width: four weighted patches a slot."""
+    return 8.0 * width * slots

@@ -106,7 +106,7 @@ class CLI(base.Fusion):
         T = len(cls.decoder_layers(config, model.text))
         V, D, r = model.vision.hidden_size, model.text.hidden_size, config.rank
         patches = row.tiles * model.vision.num_patches
-        low = 2.0 * r * (patches * V + row.visual * D) + base.plan_flops(r, row)
+        low = 2.0 * r * (patches * V + row.visual * D) + base.plan_flops(r, row.visual)
         inject = 2.0 * T * K * row.visual * D
         pools = 4.0 * T * D * (K * row.visual + row.length)  # scores and sums, of Vhat and of h
         return {

@@ -5,10 +5,14 @@ from __future__ import annotations
 from cli_jax.config import ModelConfig
 from cli_jax.fusion.base import Fusion
 from cli_jax.fusion.cli import CLI
+from cli_jax.fusion.deepstack import DeepStack
+from cli_jax.fusion.dense_connector import DenseConnector
 from cli_jax.fusion.none import NoFusion
 
 STRATEGIES: dict[str, type[Fusion]] = {
     "none": NoFusion,
+    "deepstack": DeepStack,
+    "dense_connector": DenseConnector,
     "cli": CLI,
 }
 

@@ -167,29 +167,41 @@ class VisionEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, layers: tuple[int, ...], stop: int, emit: Emit, xs: Any
+        self, x: jax.Array, layers: tuple[int, ...], stop: int, emit: Emit, xs: Any, add: bool
     ) -> tuple[Any, jax.Array]:
         c = self.config
         kernel = self.compute.attention
         block = VisionLayer(c, kernel, self.dtype, self.param_dtype, parent=None)
         params = stack.stacked_params(self, "layers", block, c.num_hidden_layers, x[:1, :1])
 
-        def body(x, layer):
-            return block.apply({"params": layer}, layer_input(x)), None
-
         patches = slice(1, None) if c.model_type == "clip" else slice(None)
-        last, outs = stack.run(
+
+        def body(carry, layer):
+            x, total = carry
+            return (block.apply({"params": layer}, layer_input(x)), total), None
+
+        def visit(carry, own):
+            x, total = carry
+            out = emit(x[:, patches], own)
+            return ((x, jax.tree.map(jnp.add, total, out)), None) if add else (carry, out)
+
+        total = None
+        if add:
+            first = jax.tree.map(lambda each: each[0], xs)
+            shapes = jax.eval_shape(emit, x[:, patches], first)
+            total = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), shapes)
+        (last, total), outs = stack.run(
             body,
-            x,
+            (x, total),
             params,
             stop=stop,
             unroll=not self.compute.scan_layers,
             points=layers,
-            visit=lambda x, own: (x, emit(x[:, patches], own)),
+            visit=visit,
             visits=xs,
             remat=self.compute.remat,
         )
-        return outs, last[:, patches]
+        return total if add else outs, last[:, patches]
 
 
 class VisionTower(nn.Module):
@@ -207,13 +219,20 @@ class VisionTower(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tiles: jax.Array, layers: tuple[int, ...], stop: int, emit: Emit, xs: Any = None
+        self,
+        tiles: jax.Array,
+        layers: tuple[int, ...],
+        stop: int,
+        emit: Emit,
+        xs: Any = None,
+        add: bool = False,
     ) -> tuple[Any, jax.Array]:
         """tiles float32 [n, H, W, 3] -> what `emit` makes of the tapped layers, layer `stop`.
 
         emit(hidden state [n, N, V], xs[i]) of the i-th of the ascending `layers`, stacked on axis
-        0; and the hidden state [n, N, V] of layer `stop` (>= layers[-1]). A tapped hidden state is
-        not kept beside its layer's input, so emit what is needed later, not the state itself.
+        0 or, with `add`, summed up on the way, so that only the sum is kept; and the hidden state
+        [n, N, V] of layer `stop` (>= layers[-1]). A tapped hidden state is not kept beside its
+        layer's input, so emit what is needed later, not the state itself.
         """
         c = self.config
         x = VisionEmbeddings(c, self.dtype, self.param_dtype, name="embeddings")(tiles)
@@ -223,4 +242,4 @@ class VisionTower(nn.Module):
         encoder = VisionEncoder(c, self.compute, self.dtype, self.param_dtype, name="encoder")
         if self.is_initializing():
             layer_norm(*norm, name="post_layernorm")(x)
-        return encoder(x, layers, stop, emit, xs)
+        return encoder(x, layers, stop, emit, xs, add)
