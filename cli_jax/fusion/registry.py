@@ -5,11 +5,17 @@ from __future__ import annotations
 from cli_jax.config import ModelConfig
 from cli_jax.fusion.base import Fusion
 from cli_jax.fusion.cli import CLI
+from cli_jax.fusion.layer_concat import LayerConcat
+from cli_jax.fusion.mmfuser import MMFuser
 from cli_jax.fusion.none import NoFusion
+from cli_jax.fusion.sli import SLI
 
 STRATEGIES: dict[str, type[Fusion]] = {
     "none": NoFusion,
     "cli": CLI,
+    "sli": SLI,
+    "layer_concat": LayerConcat,
+    "mmfuser": MMFuser,
 }
 
 

@@ -80,8 +80,13 @@ def vision_layer(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def expected(vision: VisionConfig, text: TextConfig, *, has_newline: bool) -> dict[str, Shape]:
-    """Every tensor of the base model by canonical name, with its stored shape ([out, in])."""
+def expected(
+    vision: VisionConfig, text: TextConfig, *, has_newline: bool, has_projector: bool = True
+) -> dict[str, Shape]:
+    """Every tensor of the base model by canonical name, with its stored shape ([out, in]).
+
+    has_projector: a fusion strategy may do without (`fusion/base.py`); checkpoints have one.
+    """
     V, D = vision.hidden_size, text.hidden_size
     shapes: dict[str, Shape] = {}
 
@@ -113,8 +118,9 @@ def expected(vision: VisionConfig, text: TextConfig, *, has_newline: bool) -> di
         linear(f"{layer}.mlp.fc2", vision.intermediate_size, V, bias=True)
     layer_norm(f"{tower}.post_layernorm")
 
-    linear("multi_modal_projector.linear_1", V, D, bias=True)
-    linear("multi_modal_projector.linear_2", D, D, bias=True)
+    if has_projector:
+        linear("multi_modal_projector.linear_1", V, D, bias=True)
+        linear("multi_modal_projector.linear_2", D, D, bias=True)
     if has_newline:
         shapes["image_newline"] = (D,)
 

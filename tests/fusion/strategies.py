@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from cli_jax.fusion.cli import CLIConfig
+from cli_jax.fusion.layer_concat import LayerConcatConfig
+from cli_jax.fusion.mmfuser import MMFuserConfig
 from cli_jax.fusion.none import NoneConfig
+from cli_jax.fusion.sli import SLIConfig
 
 
 class Entry(NamedTuple):
@@ -35,6 +38,10 @@ ENTRIES = {
         ),
         "amp/lora_A|agf/query_(visual|hidden)|agf/gate_kernel",
     ),
+    "sli": Entry(SLIConfig(taps=(1, 3, 5), start=1)),
+    "sli_means": Entry(SLIConfig(taps=((1, 2), 4))),
+    "layer_concat": Entry(LayerConcatConfig(layers=(1, 3, 4))),
+    "mmfuser": Entry(MMFuserConfig(layers=(0, 2, 5), points=2), "(?!gamma1$).*"),
 }
 
 every_strategy = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
