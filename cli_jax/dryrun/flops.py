@@ -17,13 +17,15 @@ from cli_jax.experiment import Experiment
 from cli_jax.fusion import registry
 from cli_jax.fusion.base import Row
 
-PARTS = ("vision", "projector", "amp", "agf", "decoder", "head")
+# In the order in which features pass them. `fusion` is what a strategy other than CLI adds.
+PARTS = ("vision", "fusion", "projector", "amp", "agf", "decoder", "head")
 OWNERS = {  # prefix of a parameter's path -> part; the first that matches
     "vision_tower/": "vision",
     "multi_modal_projector/": "projector",
     "image_newline": "projector",
+    "fusion/amp/": "amp",
     "fusion/agf/": "agf",
-    "fusion/": "amp",
+    "fusion/": "fusion",
     "lm_head/": "head",
     "language_model/": "decoder",
 }

@@ -7,7 +7,7 @@ know nothing of strategies: they are given layer indices and an `Injection`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -20,9 +20,10 @@ from cli_jax.model.decoder import Injection
 from cli_jax.model.gather import apply_plan
 from cli_jax.model.layers import Dtype
 from cli_jax.model.projector import Projector
+from cli_jax.model.remat import rematerialize
 from cli_jax.model.vision import Emit
 
-LayerSpec = tuple[int, ...] | str  # indices, "all" or "every:m"
+LayerSpec = tuple[int, ...] | str  # indices, "all", "every:m"; of the tower also "at:30%,90%"
 TapSpec = tuple[int | tuple[int, ...], ...] | str  # an entry with several layers is their mean
 Tap = tuple[int, ...]  # vision layers whose mean is one tap
 
@@ -86,7 +87,7 @@ class Fusion(nn.Module):
 
     @classmethod
     def banked_taps(cls, config: Any, vision: VisionConfig) -> tuple[Tap, ...]:
-        """The taps kept for the whole decoder, [K, B, P, D], and read at every injection."""
+        """The taps kept for the whole decoder, [K, B, P, D]: the bank."""
         return ()
 
     @classmethod
@@ -103,20 +104,65 @@ class Fusion(nn.Module):
 
     @classmethod
     def flops(cls, config: Any, model: ModelConfig, row: Row) -> dict[str, float]:
-        """Forward FLOPs of one row by part (`projector`, `amp`, `agf`; dryrun/flops.py)."""
+        """Forward FLOPs of one row by part (`fusion`, `projector`, ...; dryrun/flops.py)."""
         raise TypeError(f"{cls.__name__} must count its FLOPs")
+
+    @classmethod
+    def has_plain_projector(cls, config: Any) -> bool:
+        """Whether the model's projector is LLaVA's own, which reads one layer.
+
+        False: nothing calls P, or it reads several layers; then a checkpoint's does not fit.
+        """
+        return True
+
+    @classmethod
+    def copies(cls, config: Any) -> dict[str, str]:
+        """New parameters that start as copies of others, {path: path of the other}.
+
+        A leading axis that the other does not have is filled with copies. What a run starts from
+        has the last word: the other is copied as loaded, and what was loaded itself stays.
+        """
+        return {}
 
     @classmethod
     def needs_prompt_context(cls, config: Any) -> bool:
         """Whether image positions see the question: its labels must then be ignored."""
         return False
 
+    def look_at_taps(
+        self, look: Look, taps: tuple[Tap, ...], emit: Emit, xs: Any
+    ) -> tuple[Any, jax.Array]:
+        """What `emit` makes of every tap and its entry of `xs`, stacked; and V_last [B, M*N, V].
+
+        A tap of one layer is emitted where it arises. Means of layers, and layers behind V_last,
+        have to wait until the tower is done: then the states of all layers are kept.
+        """
+        last = self.model.vision.last_layer
+        if all(len(tap) == 1 and tap[0] <= last for tap in taps):
+            return look(layers_of(taps), last, emit, xs)
+        layers = layers_of((*taps, (last,)))
+        hidden_ExBxMNxV, _ = look(layers, layers[-1], raw, None)
+        mean_KxBxMNxV = take_taps(hidden_ExBxMNxV, layers, taps)
+        outs = self.each(lambda tap: emit(*tap), (mean_KxBxMNxV, xs))
+        return outs, hidden_ExBxMNxV[layers.index(last)]
+
+    def each(self, f: Callable[[Any], Any], xs: Any) -> Any:
+        """f of every entry on the leading axis of `xs`, one after another, stacked."""
+        f, unroll = rematerialize(f, self.remat), True if self.unroll else 1
+        return jax.lax.scan(lambda _, x: (None, f(x)), None, xs, unroll=unroll)[1]
+
 
 def taps(spec: TapSpec, vision: VisionConfig) -> tuple[Tap, ...]:
-    """The taps of a spec: `all` = 1..V_last, `every:m` counts back from V_last."""
+    """The taps of a spec: `all` = 1..V_last, `every:m` counts back from V_last.
+
+    `at:30%,60%,90%` are the layers nearest to these shares of V_last, each of them once.
+    """
     last = vision.last_layer
     if spec == "all":
         return tuple((k,) for k in range(1, last + 1))
+    if isinstance(spec, str) and spec.startswith("at:"):
+        nearest = {max(1, int(last * share / 100 + 0.5)) for share in shares(spec)}
+        return tuple((k,) for k in sorted(nearest))
     if isinstance(spec, str):
         return tuple((k,) for k in sorted(range(last, 0, -_period(spec, "vision layers"))))
     known = range(vision.num_hidden_layers + 1)
@@ -147,6 +193,15 @@ def injection_layers(spec: LayerSpec, text: TextConfig) -> tuple[int, ...]:
     if isinstance(spec, str):
         return tuple(range(0, n, _period(spec, "decoder layers")))
     return _checked(spec, range(n), "decoder layer")
+
+
+def shares(spec: str) -> tuple[int, ...]:
+    """The per cents of `at:30%,60%,90%`: ascending, from 1 to 100."""
+    parts = spec.removeprefix("at:").split(",")
+    found = tuple(int(p[:-1]) for p in parts if p.endswith("%") and p[:-1].isdigit())
+    if len(found) != len(parts) or list(found) != sorted(set(found) & set(range(1, 101))):
+        raise ValueError(f"{spec!r} does not name vision layers: use ascending shares 'at:30%,90%'")
+    return found
 
 
 def _period(spec: str, what: str) -> int:

@@ -73,6 +73,10 @@ class DenseConnector(base.Fusion):
         return Extras(pooled=len(cls.taps(config, model.vision)) * pooled)
 
     @classmethod
+    def has_plain_projector(cls, config: DenseConnectorConfig) -> bool:
+        return config.variant == "sti"
+
+    @classmethod
     def flops(
         cls, config: DenseConnectorConfig, model: ModelConfig, row: base.Row
     ) -> dict[str, float]:

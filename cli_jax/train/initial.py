@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from cli_jax.fusion import registry
 from cli_jax.hf import load as hf
 from cli_jax.train.checkpoint import FOLDER, CheckpointError, load_params, stored_arrays
 from cli_jax.train.optimizer import init_optimizer, trained
@@ -19,12 +20,17 @@ def init_state(setup: Setup, loaded: Leaves) -> TrainState:
     """The state before the first update, built in its shards by one compiled call.
 
     `loaded`, {path: array in its shards}, is consumed: its buffers become the state's, so the model
-    is never held twice. The other parameters are drawn from `experiment.seed`.
+    is never held twice. The other parameters are drawn from `experiment.seed`, but for those that
+    the fusion strategy declares as copies.
     """
-    paths = trained(setup.rates)
+    paths, copies = trained(setup.rates), _copies(setup)
 
     def build(loaded: Leaves) -> TrainState:
         leaves = flatten(setup.init_params(setup.experiment.seed)) | loaded
+        for path, source in copies.items():
+            if path not in loaded:
+                whole = jnp.broadcast_to(leaves[source], leaves[path].shape)
+                leaves[path] = whole.astype(leaves[path].dtype)
         params = unflatten(leaves)
         opt_state = init_optimizer(setup.optimizer, split(params, paths)[0])
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
@@ -44,9 +50,19 @@ def load_initial(setup: Setup) -> tuple[Leaves, str]:
     else:
         found = hf.load_params(source, setup.experiment.model, setup.state.params, progress=True)
         loaded, notes = flatten(found.params), found.notes
-    new = [path for path in flatten(setup.state.params) if path not in loaded]
+    copies = _copies(setup)
+    new = [
+        f"{path} (copy of {copies[path]})" if path in copies else path
+        for path in flatten(setup.state.params)
+        if path not in loaded
+    ]
     sentence = f"{len(loaded)} arrays from {source}; new: {', '.join(new) or 'none'}"
     return loaded, "\n".join((sentence, *notes))
+
+
+def _copies(setup: Setup) -> dict[str, str]:
+    model = setup.experiment.model
+    return registry.of(model).copies(model.fusion)
 
 
 def _from_workdir(setup: Setup, workdir: str) -> Leaves:

@@ -116,7 +116,7 @@ def initial(fusion):
     m, batch = model(fusion), packed()
     hidden, h = jnp.zeros(hidden_shape(fusion)), jnp.zeros((*batch["input_ids"].shape, 16))
     init = jax.jit(lambda: m.init(jax.random.key(0), hidden, batch, h, method=fuse)["params"])
-    return {**redrawn(fusion), "fusion": nn.meta.unbox(init())["fusion"]}
+    return {**redrawn(fusion), "fusion": nn.meta.unbox(init()).get("fusion", {})}
 
 
 def with_fusion(params, **leaves):
@@ -131,16 +131,17 @@ def without_fusion(params):
 
 
 @functools.cache
-def forward(fusion, **compute):
-    """Compiled (params, batch) -> (logits [B, L, vocab], gates)."""
+def forward(fusion, options=(), **compute):
+    """Compiled (params, batch) -> (logits [B, L, vocab], gates); `options`: the compiler's."""
     m = model(fusion, **compute)
 
-    @jax.jit
     def run(params, batch):
         out = m.apply({"params": params}, batch)
         return m.apply({"params": params}, out.hidden, method="logits"), out.gates
 
+    compiled = jax.jit(run, compiler_options=dict(options))
+
     def on_host(params, batch):
-        return jax.tree.map(np.asarray, run(params, batch))
+        return jax.tree.map(np.asarray, compiled(params, batch))
 
     return on_host
