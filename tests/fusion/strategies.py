@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from cli_jax.fusion.cli import CLIConfig
+from cli_jax.fusion.deepstack import DeepStackConfig
+from cli_jax.fusion.dense_connector import DenseConnectorConfig
 from cli_jax.fusion.layer_concat import LayerConcatConfig
 from cli_jax.fusion.mmfuser import MMFuserConfig
 from cli_jax.fusion.none import NoneConfig
@@ -41,6 +43,11 @@ ENTRIES = {
     "sli": Entry(SLIConfig(taps=(1, 3, 5), start=1)),
     "sli_means": Entry(SLIConfig(taps=((1, 2), 4))),
     "layer_concat": Entry(LayerConcatConfig(layers=(1, 3, 4))),
+    "deepstack": Entry(DeepStackConfig()),
+    "deepstack_early": Entry(DeepStackConfig(start=0)),
+    "dense_connector_sti": Entry(DenseConnectorConfig("sti", taps=(1, 3))),
+    "dense_connector_sci": Entry(DenseConnectorConfig("sci")),
+    "dense_connector_dci": Entry(DenseConnectorConfig()),
     "mmfuser": Entry(MMFuserConfig(layers=(0, 2, 5), points=2), "(?!gamma1$).*"),
 }
 
