@@ -20,7 +20,7 @@ pytest.importorskip("torch")
 import torch
 
 from cli_jax.fusion.layer_concat import LayerConcatConfig
-from cli_jax.fusion.mmfuser import MMFuserConfig, sample
+from cli_jax.fusion.mmfuser import MMFuserConfig, MSDeformAttn, sample
 from cli_jax.fusion.sli import SLIConfig
 from cli_jax.model.vlm import build
 from tests.fusion.tiny import name_of
@@ -257,27 +257,20 @@ def test_samples_and_their_gradients_are_grid_samples():
     assert not np.asarray(sample(value, np.full_like(offset, side + 1.0), weight)).any()
 
 
-def test_offsets_start_as_the_originals_ring():
-    fusion = MMFuserConfig(layers=(1, 3), heads=8, points=3)
-    right = oracle.case("siglip_qwen2")
-    config = dataclasses.replace(right.config, fusion_name="mmfuser", fusion=fusion)
-    batch, _ = batch_of([["one_tile"]], right.prompts, config, length=60)
-    model = build(config, oracle.LOOPED)
-    start = nn.meta.unbox(jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0), batch))
-    own = start["params"]["fusion"]
-    thetas = torch.arange(8, dtype=torch.float32) * (2.0 * math.pi / 8)  # as in ms_deform_attn.py
+def test_attention_starts_as_the_original():
+    H, L, p, V = 8, 2, 3, 32
+    attn = MSDeformAttn(H, p, np.float32, np.float32)
+    query, levels = np.zeros((1, 4, V), np.float32), np.zeros((L, 1, 4, V), np.float32)
+    start = nn.meta.unbox(attn.init(jax.random.key(0), query, levels))["params"]
+    thetas = torch.arange(H, dtype=torch.float32) * (2.0 * math.pi / H)  # as in ms_deform_attn.py
     grid = torch.stack([thetas.cos(), thetas.sin()], -1)
-    grid = (grid / grid.abs().max(-1, keepdim=True)[0]).view(8, 1, 1, 2).repeat(1, 1, 3, 1)
-    for i in range(3):
+    grid = (grid / grid.abs().max(-1, keepdim=True)[0]).view(H, 1, 1, 2).repeat(1, L, p, 1)
+    for i in range(p):
         grid[:, :, i, :] *= i + 1
-    for name in ("cross_attn", "self_attn"):
-        attn = own[name]
-        np.testing.assert_allclose(attn["sampling_offsets"]["bias"], grid.view(-1), atol=1e-5)
-        for zero in ("sampling_offsets", "attention_weights"):
-            assert not attn[zero]["kernel"].any()
-        for path in ("value_proj", "output_proj"):
-            kernel, bound = attn[path]["kernel"], math.sqrt(6 / 64)
-            assert 0.9 * bound < np.abs(kernel).max() <= bound
-            assert not attn[path]["bias"].any()
-    assert not own["gamma1"].any()
-    assert not own["gamma2"].any()
+    np.testing.assert_allclose(start["sampling_offsets"]["bias"], grid.view(-1), atol=1e-5)
+    for zero in ("sampling_offsets", "attention_weights"):
+        assert not start[zero]["kernel"].any()
+    for path in ("value_proj", "output_proj"):
+        bound = math.sqrt(6 / (2 * V))  # Xavier's
+        assert 0.9 * bound < np.abs(start[path]["kernel"]).max() <= bound
+        assert not start[path]["bias"].any()
