@@ -9,6 +9,7 @@ import re
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, AxisType
@@ -90,6 +91,12 @@ def test_declared_layers_are_the_ones_used(entry):
         moved, each_moved = fuse(config)(other, h)
         outs = zip(each, each_moved, strict=True)
         assert (moved != features).any() or any((a[0] != b[0]).any() for a, b in outs)
+
+
+@every_strategy
+def test_a_strategy_says_whether_the_model_has_a_projector(entry):
+    has = "multi_modal_projector" in tiny.redrawn(entry.config)
+    assert strategy_of(entry).has_projector == has
 
 
 @every_strategy
@@ -202,6 +209,22 @@ def test_pictures_never_mix(entry):
         assert all(reached) or (tiny.name_of(config) == "deepstack" and sum(reached) == 2)
 
 
+@every_strategy
+def test_nothing_scatters(entry):
+    """Backward passes gather, too: nothing depends on the order of a scatter's additions."""
+    m, batch = tiny.model(entry.config), tiny.packed()
+
+    def total(params, hidden, h):
+        features, each = m.apply({"params": params}, hidden, batch, h, method=tiny.fuse)
+        return sum(jnp.sum(x) for x in (features, *(after for after, _ in each)))
+
+    traced = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(
+        tiny.redrawn(entry.config), *draw(entry.config)
+    )
+    assert "scatter" not in str(traced)
+    assert "gather" in str(traced)
+
+
 # ---- equal results -------------------------------------------------------------------------------
 
 
@@ -259,8 +282,8 @@ def test_gradients_are_finite_and_only_the_declared_ones_start_at_zero(entry):
         hidden = m.apply({"params": params}, batch).hidden
         log_p = jax.nn.log_softmax(m.apply({"params": params}, hidden, method="logits"))
         targets = batch["labels"][:, 1:]
-        picked = jax.numpy.take_along_axis(log_p[:, :-1], targets[..., None], 2, mode="clip")
-        return -jax.numpy.mean(picked[..., 0], where=targets != IGNORE)
+        picked = jnp.take_along_axis(log_p[:, :-1], targets[..., None], 2, mode="clip")
+        return -jnp.mean(picked[..., 0], where=targets != IGNORE)
 
     grad = jax.jit(jax.grad(loss), compiler_options=QUICK)
 
