@@ -154,7 +154,7 @@ class Experiment:
         try:
             return registry.of(self.model).extras(self.model.fusion, self.model)
         except ValueError as error:
-            raise ConfigError(f"config.fusion.{self.model.fusion_name}: {error}") from error
+            raise ConfigError(str(error)) from error
 
 
 def from_dict(config: Mapping[str, Any]) -> Experiment:

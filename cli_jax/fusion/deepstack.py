@@ -59,8 +59,9 @@ class DeepStack(base.Fusion):
         )
         if points[-1] >= text.num_hidden_layers:
             raise ValueError(
-                f"stacks={config.stacks} are added before decoder layers {list(points)}, but the "
-                f"last one is {text.num_hidden_layers - 1}: lower stacks, start or interval"
+                f"fusion.deepstack.stacks={config.stacks} are added before the decoder layers "
+                f"{list(points)}: this model has 0..{text.num_hidden_layers - 1}, so lower stacks, "
+                "start or interval"
             )
         return tuple(points)
 
@@ -71,8 +72,8 @@ class DeepStack(base.Fusion):
             return Extras(stacks=config.stacks)  # of tiles that are there already
         if config.stacks < 2:
             raise ValueError(
-                f"stacks={config.stacks}: pictures of model.image.aspect_ratio="
-                f"{model.image.aspect_ratio} get as many more tiles, which must be 2 or more"
+                f"fusion.deepstack.stacks={config.stacks}: with model.image.aspect_ratio="
+                f"{model.image.aspect_ratio} it is how many more tiles a picture may get, 2 or more"
             )
         return Extras(stacks=config.stacks, tiles=config.stacks)
 

@@ -47,13 +47,17 @@ class DenseConnector(base.Fusion):
         n, last = vision.num_hidden_layers, vision.last_layer
         if config.variant == "dci":
             if n < 2:
-                raise ValueError(f"dci needs a vision tower of 2 layers or more, not {n}")
+                raise ValueError(
+                    f"fusion.dense_connector.variant=dci needs 2 vision layers or more, not {n}"
+                )
             return tuple(range(n // 2)), tuple(range(n // 2, n))
         if not config.taps and n < 3:
-            raise ValueError(f"a vision tower of {n} layers has no thirds: name taps")
+            raise ValueError(f"{n} vision layers have no thirds: set fusion.dense_connector.taps")
         taps = base.taps(config.taps or (n // 3 - 1, 2 * (n // 3) - 1), vision)
         if taps[-1][0] > last:
-            raise ValueError(f"tap {taps[-1][0]} lies behind the last layer used, {last}")
+            raise ValueError(
+                f"fusion.dense_connector.taps {config.taps} reach behind the last layer, {last}"
+            )
         return taps
 
     @classmethod
@@ -67,8 +71,8 @@ class DenseConnector(base.Fusion):
         pooled = model.vision.num_patches // POOL
         if not pooled:
             raise ValueError(
-                f"sti pools {POOL} patches into a token, a tile has {model.vision.num_patches}: "
-                "use variant=sci or dci"
+                f"fusion.dense_connector.variant=sti pools {POOL} patches into a token, a tile has "
+                f"{model.vision.num_patches}: use sci or dci"
             )
         return Extras(pooled=len(cls.taps(config, model.vision)) * pooled)
 

@@ -29,7 +29,7 @@ def stack_grid(width: int, height: int, vision: VisionConfig, stacks: int) -> tu
         if rows * columns > 1
     )
     if not pinpoints:
-        raise ValueError(f"stacks={stacks}: a picture of one tile needs 2 or more")
+        raise ValueError(f"{stacks} stacks: a picture of one tile needs 2 or more")
     best_height, best_width = select_best_resolution(width, height, pinpoints)
     return best_height // size, best_width // size
 
@@ -38,7 +38,7 @@ def square_side(stacks: int) -> int:
     """s with s*s = `stacks`: under any-resolution every grid is resampled to s*g x s*g patches."""
     side = math.isqrt(stacks)
     if side * side != stacks:
-        raise ValueError(f"stacks={stacks}: any-resolution pictures need a square, such as 4 or 9")
+        raise ValueError(f"{stacks} stacks: any-resolution pictures need a square, such as 4 or 9")
     return side
 
 

@@ -94,9 +94,11 @@ def test_declared_layers_are_the_ones_used(entry):
 
 
 @every_strategy
-def test_a_strategy_says_whether_the_model_has_a_projector(entry):
-    has = "multi_modal_projector" in tiny.redrawn(entry.config)
-    assert strategy_of(entry).has_projector == has
+def test_a_strategy_says_whether_the_projector_is_a_plain_one(entry):
+    """None, or one of several layers, is not: a checkpoint's does not fit."""
+    projector = tiny.redrawn(entry.config).get("multi_modal_projector")
+    plain = projector is not None and len(projector["linear_1"]["kernel"]) == VISION.hidden_size
+    assert strategy_of(entry).has_plain_projector(entry.config) == plain
 
 
 @every_strategy
@@ -212,7 +214,7 @@ def test_pictures_never_mix(entry):
 @every_strategy
 def test_nothing_scatters(entry):
     """Backward passes gather, too: nothing depends on the order of a scatter's additions."""
-    m, batch = tiny.model(entry.config), tiny.packed()
+    m, batch = tiny.model(entry.config), tiny.packed(entry.config)
 
     def total(params, hidden, h):
         features, each = m.apply({"params": params}, hidden, batch, h, method=tiny.fuse)
