@@ -174,34 +174,23 @@ class VisionEncoder(nn.Module):
         block = VisionLayer(c, kernel, self.dtype, self.param_dtype, parent=None)
         params = stack.stacked_params(self, "layers", block, c.num_hidden_layers, x[:1, :1])
 
+        def body(x, layer):
+            return block.apply({"params": layer}, layer_input(x)), None
+
         patches = slice(1, None) if c.model_type == "clip" else slice(None)
-
-        def body(carry, layer):
-            x, total = carry
-            return (block.apply({"params": layer}, layer_input(x)), total), None
-
-        def visit(carry, own):
-            x, total = carry
-            out = emit(x[:, patches], own)
-            return ((x, jax.tree.map(jnp.add, total, out)), None) if add else (carry, out)
-
-        total = None
-        if add:
-            first = jax.tree.map(lambda each: each[0], xs)
-            shapes = jax.eval_shape(emit, x[:, patches], first)
-            total = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), shapes)
-        (last, total), outs = stack.run(
+        last, outs = stack.run(
             body,
-            (x, total),
+            x,
             params,
             stop=stop,
             unroll=not self.compute.scan_layers,
             points=layers,
-            visit=visit,
+            visit=lambda x, own: (x, emit(x[:, patches], own)),
             visits=xs,
+            add=add,
             remat=self.compute.remat,
         )
-        return total if add else outs, last[:, patches]
+        return outs, last[:, patches]
 
 
 class VisionTower(nn.Module):

@@ -144,12 +144,9 @@ def loader(data, image, extras, **changes):
 
 
 @CASES
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_loader_packs_them(tmp_path, image, extras, workers):
+def test_the_loader_packs_them(tmp_path, image, extras):
     data = small.config(small.write(tmp_path, small.mixed_rows(tmp_path, 12)))
-    if workers and extras.pooled:
-        pytest.skip("one kind is enough for the processes")
-    stream = loader(data, image, extras, workers=workers)
+    stream = loader(data, image, extras)
     batch = next(stream)
     M = data.tiles_per_row + data.images_per_row * extras.tiles
     assert batch["pixel_values"].shape[1] == M
@@ -161,6 +158,16 @@ def test_the_loader_packs_them(tmp_path, image, extras, workers):
     check_inverse(batch, "stack")
     assert 0 < report(stream.get_state())["fill_tiles"] <= 1
     stream.close()
+
+
+def test_processes_hand_them_over(tmp_path):
+    data = small.config(small.write(tmp_path, small.mixed_rows(tmp_path, 12)))
+    streams = [loader(data, PAD, Extras(stacks=3, tiles=3), workers=n) for n in (0, 1)]
+    here, there = map(next, streams)
+    for name, value in here.items():
+        np.testing.assert_array_equal(there[name], value)
+    for stream in streams:
+        stream.close()
 
 
 def test_a_stream_is_not_continued_with_other_extras(tmp_path):
