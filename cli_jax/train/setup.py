@@ -63,7 +63,10 @@ def make_setup(experiment: Experiment, devices: Sequence[jax.Device] | None = No
     rules, head_notes = rules_for(experiment.model, mesh)
     check_rows(experiment, mesh)
     platform = mesh.devices.flat[0].platform
-    model = vlm.build(experiment.model, experiment.compute, platform)
+    try:
+        model = vlm.build(experiment.model, experiment.compute, platform)
+    except ValueError as error:  # layers that this tower or decoder does not have
+        raise ConfigError(str(error)) from error
     batch = _abstract_batch(experiment, batch_sharding(mesh, rules))
     # One row is enough for the parameters' shapes, and no mesh is set while they are traced.
     row = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in batch.items()}
