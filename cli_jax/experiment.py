@@ -274,7 +274,10 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         if missing:
             raise ConfigError(f"{where} lacks {missing}")
         built = {k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
-        return typing.cast(Any, hint)(**built)
+        try:
+            return typing.cast(Any, hint)(**built)
+        except ValueError as error:  # the dataclass refuses a value
+            raise ConfigError(str(error)) from error
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"{where} must be one of {list(args)}, got {value!r}")

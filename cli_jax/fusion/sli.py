@@ -82,8 +82,13 @@ class SLI(base.Fusion):
 
     @classmethod
     def decoder_layers(cls, config: SLIConfig, text: TextConfig) -> tuple[int, ...]:
-        layers = range(config.start, config.start + config.count)
-        return base.injection_layers(tuple(layers), text)
+        points = range(config.start, config.start + config.count)
+        if points[0] < 0 or points[-1] >= text.num_hidden_layers:
+            raise ValueError(
+                f"fusion.sli.start={config.start} and {config.count} taps need the decoder layers "
+                f"{points[0]}..{points[-1]}: this model has 0..{text.num_hidden_layers - 1}"
+            )
+        return tuple(points)
 
     @classmethod
     def banked_taps(cls, config: SLIConfig, vision: VisionConfig) -> tuple[base.Tap, ...]:

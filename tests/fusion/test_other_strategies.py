@@ -18,6 +18,7 @@ from cli_jax.fusion.mmfuser import MMFuser, MMFuserConfig
 from cli_jax.fusion.none import NoneConfig
 from cli_jax.fusion.sli import SLI, SLIConfig
 from cli_jax.model.vlm import build
+from cli_jax.train.setup import make_setup
 from tests.fusion import tiny
 from tests.train import train_tiny
 
@@ -65,8 +66,9 @@ def test_layers_by_shares_of_the_tower():
 def test_decoder_layers_of_sli():
     assert SLI.decoder_layers(SLIConfig(), TEXT) == (0, 1, 2)
     assert SLI.decoder_layers(SLIConfig(taps=(3, (8, 9)), start=22), TEXT) == (22, 23)
-    with pytest.raises(ValueError, match=r"unknown decoder layer \[24\]: this model has 0\.\.23"):
-        SLI.decoder_layers(SLIConfig(start=22), TEXT)
+    for start, layers in ((22, r"22\.\.24"), (-1, r"-1\.\.1")):
+        with pytest.raises(ValueError, match=rf"need the decoder layers {layers}: .* 0\.\.23"):
+            SLI.decoder_layers(SLIConfig(start=start), TEXT)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,16 @@ def test_layers_of_concat_and_mmfuser_are_no_means():
         base["fusion"] = {"name": name, name: {"layers": [1, [2, 3]]}}
         with pytest.raises(ConfigError, match=f"config.fusion.{name}.layers must be one of"):
             from_dict(base)
+
+
+def test_a_run_says_in_one_line_what_is_wrong():
+    for config, message in (
+        ({"taps": (1,), "start": 7}, r"fusion.sli.start=7 and 1 taps need the decoder layers 7..7"),
+        ({"taps": "all"}, "every tap has its decoder layer"),
+        ({"taps": (9,)}, r"unknown vision layer \[9\]: this model has 0..1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_setup(train_tiny.experiment(fusion={"name": "sli", "sli": config}))
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
