@@ -45,7 +45,7 @@ def experiment(**mesh):
         "vocab_size": 128,
         "hidden_size": 64,
         "num_attention_heads": 8,
-        "num_hidden_layers": 3 if STRATEGY else 2,
+        "num_hidden_layers": 5 if STRATEGY else 2,
     }
     data = {"row_length": 256, "visual_per_row": 48, "tiles_per_row": 8, "images_per_row": 4}
     base["data"] = data | {"batch_size": ROWS, "labels": "answer_only"}
@@ -62,7 +62,7 @@ def batches(folder: Path, sizes):
     data = small.config(path, batch_size=ROWS)
     loader = make_loader(
         data, sizes.model.image, sizes.model.vision, seed=0, rows_per_process=ROWS,
-        tokenizer=small.tokenizer(),
+        tokenizer=small.tokenizer(), extras=sizes.extras,
     )  # fmt: skip
     found = [dict(next(loader)) for _ in range(3)]
     loader.close()
