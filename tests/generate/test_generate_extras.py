@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cli_jax.evaluate.prompts import load_prompts, prompt_spec, read_questions
+from cli_jax.fusion.deepstack import DeepStackConfig
 from cli_jax.generate.buckets import batches
 from cli_jax.generate.engine import Generator
 from cli_jax.text import load_tokenizer
@@ -70,3 +71,22 @@ def test_greedy_equals_whole_forward_passes(tmp_path, fusion, monkeypatch):
 def _empty_for(experiment, empty):
     extras = experiment.extras
     return lambda **sizes: empty(**{"pooled": extras.pooled, "stacks": extras.stacks, **sizes})
+
+
+def test_blank_pictures_have_as_many_tiles(tmp_path):
+    experiment = experiment_of(tmp_path, {"name": "deepstack", "stacks": 1})
+    image = dataclasses.replace(experiment.model.image, aspect_ratio="square")
+    model = dataclasses.replace(
+        experiment.model, image=image, fusion=DeepStackConfig(stacks=2, start=0)
+    )
+    experiment = dataclasses.replace(experiment, model=model)
+    questions = read_questions(small.save_questions(tmp_path, 2))
+    spec = prompt_spec(experiment, load_tokenizer(experiment.data.tokenizer), NEW)
+    seen, blank = (
+        [sample for _, sample in load_prompts(questions, str(tmp_path), spec, blank=blank)]
+        for blank in (False, True)
+    )
+    for a, b in zip(seen, blank, strict=True):
+        assert a.extent == b.extent
+        assert a.extent.tiles == 3
+        assert (a.tiles != b.tiles).any()

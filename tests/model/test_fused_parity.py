@@ -207,6 +207,15 @@ LOOP = ComputeConfig(dtype="float32", scan_layers=False, remat="none")
 DEEPSTACK = DeepStackConfig()
 
 
+def name_of(value):
+    """Of a parameter, short."""
+    if isinstance(value, ComputeConfig):
+        return "scan" if value.scan_layers else "loop"
+    if isinstance(value, DeepStackConfig):
+        return "deepstack{}_{}_{}".format(*dataclasses.astuple(value))
+    return value if isinstance(value, str) else value.variant
+
+
 @pytest.mark.parametrize(
     ("name", "fusion", "compute"),
     [
@@ -223,7 +232,7 @@ DEEPSTACK = DeepStackConfig()
         ("clip_llama", DenseConnectorConfig("sci", taps=(1, 3)), SCAN),
         ("clip_llama", DenseConnectorConfig("dci"), SCAN),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_logits_at_every_position(name, fusion, compute):
     right = case_of(name, fusion)
