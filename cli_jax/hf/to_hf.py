@@ -113,8 +113,8 @@ def to_hf(
         absent = [name for name in whole if name not in tensors]
         if absent:
             notes.append(
-                f"fusion strategy {model.fusion_name!r} has no projector that transformers knows:"
-                " it would draw one at random, so this folder serves config.init_from only"
+                f"fusion strategy {model.fusion_name!r} does without LLaVA's projector;"
+                " transformers would draw one at random: this folder serves config.init_from only"
             )
         origin = dict.fromkeys(tensors, f"{checkpoint.workdir}")
         return write_report(folder, command, tensors, origin, absent, notes)

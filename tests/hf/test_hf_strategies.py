@@ -58,7 +58,7 @@ def test_round_trip(tmp_path, name):
         if own:
             written = json.loads((tmp_path / folder / "cli_adapter.json").read_text())
             assert sorted(written["tensors"]) == sorted(own)
-    without = any("it would draw one" in note for note in report["notes"])
+    without = any("transformers would draw one" in note for note in report["notes"])
     assert without != plain
 
 
