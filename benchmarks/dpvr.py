@@ -112,7 +112,7 @@ def make_side(config: ModelConfig, params: Any, batch: Any, new: int, compute: A
         return model.apply({"params": params}, out.hidden[:, -1], method="logits"), cache
 
     compiled = jax.jit(prefill).lower(params, batch).compile()
-    counted = flops.forward(config, Row(length, VISION, 1, TEXT))
+    counted = flops.forward(config, Row(length, VISION, 1, text=TEXT))
     head = 2.0 * config.text.hidden_size * config.text.vocab_size
     _, cache = jax.eval_shape(prefill, params, batch)
     return Side(

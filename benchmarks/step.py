@@ -110,6 +110,8 @@ def our_batch(prompts: list[samples.Prompt], config: ModelConfig, length: int) -
         images=1,
         tile_size=vision.image_size,
         patches=vision.num_patches,
+        pooled=samples.extras_of(config).pooled,
+        stacks=samples.extras_of(config).stacks,
     )
     return collate(each, sizes)
 

@@ -24,6 +24,7 @@ from cli_jax.config import (
     TextConfig,
     VisionConfig,
 )
+from cli_jax.image.extras import Extras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class DataConfig:
     batch_size: int = 8  # rows per update, over all devices and accumulation steps
     row_length: int = 1024  # L
     visual_per_row: int = 768  # P
-    tiles_per_row: int = 2  # M
+    tiles_per_row: int = 2  # M; tiles that a strategy adds to pictures have room beside them
     images_per_row: int = 4  # I
     text_per_row: int = 0  # Q, for routing.name=dpvr: most text tokens of a row; 0 = no limit
     pack: bool = True  # several samples per row
@@ -149,6 +150,16 @@ class Experiment:
     seed: int = 0
     total_steps: int = 1000
     init_from: str = ""  # Hugging Face folder or hub id, converted folder, or a workdir
+
+    @property
+    def extras(self) -> Extras:
+        """What the fusion strategy adds to every picture; ConfigError if it cannot."""
+        from cli_jax.fusion import registry  # the strategies' code, which data code does not load
+
+        try:
+            return registry.of(self.model).extras(self.model.fusion, self.model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def from_dict(config: Mapping[str, Any]) -> Experiment:
@@ -304,7 +315,10 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         if missing:
             raise ConfigError(f"{where} lacks {missing}")
         built = {k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
-        return typing.cast(Any, hint)(**built)
+        try:
+            return typing.cast(Any, hint)(**built)
+        except ValueError as error:  # the dataclass refuses a value
+            raise ConfigError(str(error)) from error
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"{where} must be one of {list(args)}, got {value!r}")

@@ -14,7 +14,7 @@ from cli_jax.experiment import Experiment
 from cli_jax.fusion.registry import STRATEGIES
 
 VISION_TOWER = "vision_tower/.*"
-PROJECTOR = "multi_modal_projector/.*"
+CONNECTOR = "(multi_modal_projector|fusion)/.*"  # all between tower and decoder
 FUSION = "fusion/.*"  # what a strategy adds: AMP and AGF for `cli`
 ROUTING = "routing/.*"  # what a routing adds: the side branch of `dpvr`
 EVERYTHING = ".*"

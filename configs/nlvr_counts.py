@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
         visual_per_row=30,
         tiles_per_row=4,
     )
+    config.fusion.deepstack.stacks = 1  # under any-resolution a square number
     config.eval.update(path="val.json", batch_size=64, max_new_tokens=4)
     config.optimizer.warmup_ratio = 0.02
     config.total_steps = 5000

@@ -55,6 +55,6 @@ def stage1(text: dict[str, Any]) -> ConfigDict:
         tiles_per_row=8,
         images_per_row=8,
     )
-    config.optimizer.groups = common.train_only(common.PROJECTOR, lr=1e-3)
+    config.optimizer.groups = common.train_only(common.CONNECTOR, lr=1e-3)
     config.total_steps = 1090  # 558,128 samples
     return config

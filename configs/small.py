@@ -13,6 +13,7 @@ def base() -> ConfigDict:
     config = common.base()
     config.fusion.name = "cli"
     config.fusion.cli.update(taps="all", inject="all", rank=8)
+    config.fusion.deepstack.stacks = 2  # for decoders of 3 layers
     config.data.update(
         tokenizer=str(TOKENIZER),
         template="qwen_1_5",

@@ -64,7 +64,7 @@ class Prompts:
 
     def batches(self, rows: int) -> Iterator[tuple[list[Question], Batch]]:
         """Batches of `rows` rows, the first of which hold one prompt each, in few shapes."""
-        for numbers, batch in batches(self.samples(), rows, self._spec.vision):
+        for numbers, batch in batches(self.samples(), rows, self._spec.vision, self._spec.extras):
             yield [self.questions[number] for number in numbers], batch
 
     def nothing(self, what: str) -> AnalysisError:

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from cli_jax.config import ImageConfig, VisionConfig
-from cli_jax.data.collate import Sizes
+from cli_jax.data.sample import SampleSpec
 from cli_jax.data.sources import DataError, Rows
 from cli_jax.experiment import ConfigError, DataConfig
-from cli_jax.text.tokenizer import Tokenizer
+from cli_jax.image.extras import Extras
 
 COMMAND = "python -m cli_jax.data.prepare --config CONFIG --out BINS.npz"
 _ARRAYS = ("bin_offsets", "source", "row")
@@ -53,10 +52,8 @@ class Bins:
 
 
 def settings_of(
+    spec: SampleSpec,
     data: DataConfig,
-    image: ImageConfig,
-    vision: VisionConfig,
-    tokenizer: Tokenizer,
     files: Sequence[Rows],
     ranges: Sequence[tuple[int, int]],
 ) -> dict[str, Any]:
@@ -71,12 +68,12 @@ def settings_of(
             "config.data.captions or config.data.held_out"
         )
     settings: dict[str, Any] = {
-        "row": list(Sizes.from_config(data, vision, rows=1).row),
+        "row": list(spec.room),
         "data.pack": data.pack,
         "data.template": data.template,
         "data.turns": data.turns,
-        "tokenizer": tokenizer.fingerprint,
-        "model.vision": [vision.image_size, vision.patch_size],
+        "tokenizer": spec.tokenizer.fingerprint,
+        "model.vision": [spec.vision.image_size, spec.vision.patch_size],
         "number of files in data.train": len(files),
     }
     for i, (source, file, (start, stop)) in enumerate(zip(data.train, files, ranges, strict=True)):
@@ -91,10 +88,17 @@ def settings_of(
             "weight": source.weight,
         }
         settings |= {f"data.train[{i}].{name}": value for name, value in known.items()}
-    for name, value in dataclasses.asdict(image).items():
+    for name, value in dataclasses.asdict(spec.image).items():
         if name not in ("image_mean", "image_std"):  # colors change no length either
             settings[f"model.image.{name}"] = value
+    settings |= extras_settings(spec.extras)
     return json.loads(json.dumps(settings))
+
+
+def extras_settings(extras: Extras) -> dict[str, int]:
+    """What a strategy adds to pictures, as settings; nothing for one that adds nothing."""
+    added = dataclasses.asdict(extras).items()
+    return {f"{name} that config.fusion adds": value for name, value in added if value}
 
 
 def save(path: str | Path, bins: Bins, notes: Mapping[str, Any]) -> None:

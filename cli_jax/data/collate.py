@@ -10,8 +10,10 @@ import numpy as np
 
 from cli_jax.batch import Batch, empty
 from cli_jax.config import VisionConfig
-from cli_jax.experiment import DataConfig
+from cli_jax.experiment import ConfigError, DataConfig
 from cli_jax.image.anyres import plan_inverse
+from cli_jax.image.extras import NO_EXTRAS, Extras
+from cli_jax.image.grid import READS
 
 if TYPE_CHECKING:
     from cli_jax.data.sample import Sample
@@ -32,7 +34,7 @@ class Extent(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The static sizes of a batch (dimension key: B, L, P, M, I, H = W, N, Q)."""
+    """The static sizes of a batch (dimension key: B, L, P, M, I, H = W, N, Q, E, m)."""
 
     rows: int
     length: int
@@ -42,18 +44,31 @@ class Sizes:
     tile_size: int
     patches: int
     text: int = 0
+    pooled: int = 0
+    stacks: int = 0
 
     @classmethod
-    def from_config(cls, data: DataConfig, vision: VisionConfig, rows: int) -> Sizes:
+    def from_config(
+        cls, data: DataConfig, vision: VisionConfig, rows: int, extras: Extras = NO_EXTRAS
+    ) -> Sizes:
+        """The sizes of a config's batches; ConfigError if a row cannot hold a strategy's tokens."""
+        tokens = vision.num_patches + extras.pooled
+        if extras.pooled and data.visual_per_row < tokens:
+            raise ConfigError(
+                f"data.visual_per_row={data.visual_per_row} holds no picture: with the "
+                f"{extras.pooled} tokens of the fusion strategy it has {tokens} or more"
+            )
         return cls(
             rows=rows,
             length=data.row_length,
             visual=data.visual_per_row,
-            tiles=data.tiles_per_row,
+            tiles=data.tiles_per_row + data.images_per_row * extras.tiles,
             images=data.images_per_row,
             tile_size=vision.image_size,
             patches=vision.num_patches,
             text=data.text_per_row,
+            pooled=extras.pooled,
+            stacks=extras.stacks,
         )
 
     @property
@@ -71,6 +86,7 @@ def collate(rows: Sequence[Sequence[Sample]], sizes: Sizes) -> Batch:
     if len(rows) > sizes.rows:
         raise ValueError(f"{len(rows)} rows do not fit a batch of {sizes.rows}")
     batch = empty(**dataclasses.asdict(sizes))
+    stride = sizes.patches + sizes.pooled
     for b, samples in enumerate(rows):
         token = visual = tile = image = text = 0
         for segment, sample in enumerate(samples, 1):
@@ -89,7 +105,7 @@ def collate(rows: Sequence[Sequence[Sample]], sizes: Sizes) -> Batch:
             batch["positions"][b, at] = np.arange(n)
             batch["pixel_values"][b, tile : tile + m] = sample.tiles
             at = slice(visual, visual + v)
-            batch["plan_index"][b, at] = sample.plan_index + tile * sizes.patches
+            batch["plan_index"][b, at] = sample.plan_index + tile * stride
             batch["plan_weight"][b, at] = sample.plan_weight
             batch["visual_newline"][b, at] = sample.visual_newline
             batch["visual_image"][b, at] = sample.visual_image + image
@@ -98,6 +114,9 @@ def collate(rows: Sequence[Sequence[Sample]], sizes: Sizes) -> Batch:
             at = slice(image, image + i)
             batch["image_segment"][b, at] = segment
             batch["context_end"][b, at] = sample.context_end + token
+            if sizes.stacks:
+                batch["stack_index"][b, :, at] = sample.stack_index + tile * stride
+                batch["stack_weight"][b, :, at] = sample.stack_weight
             token, visual, tile, image = token + n, visual + v, tile + m, image + i
             text += t
         if sizes.text:
@@ -105,6 +124,13 @@ def collate(rows: Sequence[Sequence[Sample]], sizes: Sizes) -> Batch:
             batch["text_position"][b, :text] = np.flatnonzero(is_text)
             batch["text_index"][b, is_text] = np.arange(text)
         batch["plan_inverse"][b] = plan_inverse(
-            batch["plan_index"][b], batch["plan_weight"][b], sizes.tiles * sizes.patches
+            batch["plan_index"][b], batch["plan_weight"][b], sizes.tiles * stride
         )
+        if sizes.stacks:
+            batch["stack_inverse"][b] = plan_inverse(
+                batch["stack_index"][b].reshape(-1, READS),
+                batch["stack_weight"][b].reshape(-1, READS),
+                sizes.tiles * stride,
+                READS * sizes.stacks,
+            )
     return batch

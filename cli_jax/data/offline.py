@@ -20,6 +20,7 @@ from cli_jax.data.measure import Measurer, measure_rows
 from cli_jax.data.sample import SampleSpec
 from cli_jax.data.sources import open_sources
 from cli_jax.experiment import DataConfig
+from cli_jax.image.extras import NO_EXTRAS, Extras
 from cli_jax.text.tokenizer import Tokenizer
 
 
@@ -31,17 +32,18 @@ def make_bins(
     out: str | Path,
     *,
     seed: int,
+    extras: Extras = NO_EXTRAS,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes the bins file `out`, and beside it which rows are left out; returns its `notes`.
 
-    Raises ConfigError or DataError for unusable settings or files, and DataError as training would
-    when too many rows cannot be used.
+    `extras`: what the fusion strategy adds to every picture. Raises ConfigError or DataError for
+    unusable settings or files, and DataError as training would when too many rows cannot be used.
     """
     files, ranges, roots = open_sources(data)
-    sizes = Sizes.from_config(data, vision, rows=1)
-    spec = SampleSpec.from_config(data, image, vision, tokenizer)
-    settings = settings_of(data, image, vision, tokenizer, files, ranges)
+    sizes = Sizes.from_config(data, vision, 1, extras)
+    spec = SampleSpec.from_config(data, image, vision, tokenizer, extras)
+    settings = settings_of(spec, data, files, ranges)
     names = [source.path for source in data.train]
     ledger = Ledger(names, ranges, sizes, max_bad_share=data.max_bad_share, strict=data.strict)
     rows, extents, drops = [], [], []

@@ -26,7 +26,7 @@ from absl import flags
 from cli_jax.batch import Batch
 from cli_jax.config import ImageConfig, VisionConfig
 from cli_jax.data.bin_stream import BatchIterator, make_batches
-from cli_jax.data.bins import load_for, settings_of
+from cli_jax.data.bins import extras_settings, load_for, settings_of
 from cli_jax.data.collate import Sizes
 from cli_jax.data.ledger import Drop, Ledger, Tally, report
 from cli_jax.data.packing import OPEN_ROWS
@@ -34,6 +34,7 @@ from cli_jax.data.sample import SampleSpec
 from cli_jax.data.sources import open_sources
 from cli_jax.data.stream import Draw, PackedBatches, RowIndices
 from cli_jax.experiment import ConfigError, DataConfig, SourceConfig
+from cli_jax.image.extras import NO_EXTRAS, Extras
 from cli_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Loader", "make_loader", "report"]
@@ -128,14 +129,16 @@ def make_loader(
     rows_per_process: int,
     process_index: int = 0,
     process_count: int = 1,
+    extras: Extras = NO_EXTRAS,
     prompt_context: bool = False,
     tokenizer: Tokenizer | None = None,
 ) -> Loader:
     """Opens `data.train` and returns the batches [rows_per_process, ...] of one process.
 
-    `prompt_context`: check every sample as the gate context `prompt` requires. The tokenizer is
-    `data.tokenizer` unless given. Call `close()` on the loader when done. Raises ConfigError or
-    DataError for unusable settings or files; iteration raises DataError (see Ledger).
+    `extras`: what the fusion strategy adds to every picture. `prompt_context`: check every sample
+    as the gate context `prompt` requires. The tokenizer is `data.tokenizer` unless given. Call
+    `close()` on the loader when done. Raises ConfigError or DataError for unusable settings or
+    files; iteration raises DataError (see Ledger).
     """
     if rows_per_process < 1 or not 0 <= process_index < process_count:
         raise ConfigError(
@@ -143,9 +146,9 @@ def make_loader(
             f"{rows_per_process}; data.batch_size must be a multiple of the processes"
         )
     files, ranges, roots = open_sources(data)
-    sizes = Sizes.from_config(data, vision, rows_per_process)
+    sizes = Sizes.from_config(data, vision, rows_per_process, extras)
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
-    spec = SampleSpec.from_config(data, image, vision, tokenizer)
+    spec = SampleSpec.from_config(data, image, vision, tokenizer, extras)
     draw = Draw(files, roots, spec, prompt_context)
     if data.workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags, also outside absl.app
@@ -154,7 +157,7 @@ def make_loader(
     process, seeds = (process_index, process_count), (_derive(seed, 0), _derive(seed, len(files)))
     stream: grain.DatasetIterator
     if data.bins:
-        bins = load_for(data, settings_of(data, image, vision, tokenizer, files, ranges))
+        bins = load_for(data, settings_of(spec, data, files, ranges))
         batches = make_batches(bins, draw, sizes, process, seeds)
         stream = BatchIterator(batches, data.workers)
         settings |= {
@@ -192,6 +195,7 @@ def make_loader(
             for rows, source in zip(ranges, data.train, strict=True)
         ],
         "model.image": json.loads(json.dumps(dataclasses.asdict(image))),
+        **extras_settings(extras),
     }
     return Loader(stream, ledger, settings)
 

@@ -44,7 +44,13 @@ def main(argv: Sequence[str]) -> None:
         data, model = experiment.data, experiment.model
         tokenizer = load_tokenizer(data.tokenizer)
         notes = make_bins(
-            data, model.image, model.vision, tokenizer, _OUT.value, seed=experiment.seed
+            data,
+            model.image,
+            model.vision,
+            tokenizer,
+            _OUT.value,
+            seed=experiment.seed,
+            extras=experiment.extras,
         )
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")

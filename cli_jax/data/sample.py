@@ -14,7 +14,9 @@ from cli_jax.data.augment import NO_AUGMENTATION, Augmentation, augment
 from cli_jax.data.collate import Extent, Sizes
 from cli_jax.data.sources import RowError
 from cli_jax.experiment import DataConfig
-from cli_jax.image.anyres import READS, ImageLayout, layout, layout_size
+from cli_jax.image.anyres import ImageLayout, layout, layout_size
+from cli_jax.image.extras import NO_EXTRAS, Extras
+from cli_jax.image.grid import READS
 from cli_jax.image.preprocess import image_size, make_tiles, open_image
 from cli_jax.text.conversation import before_last_answer, exchanges, one_exchange
 from cli_jax.text.encode import (
@@ -36,6 +38,10 @@ class TooLong(ValueError):
         self.dimension = dimension
 
 
+def _no_stacks() -> np.ndarray:
+    return np.zeros((0, 0, 0, READS), np.int32)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
     """One row before packing; n tokens, v visual slots, m tiles, i images (batch.py names them).
@@ -50,6 +56,7 @@ class Sample:
     tiles            uint8   [m, H, W, 3]
     context_end      int32   [i]     e_i: first content token of the first answer after the image,
                                      n if there is none
+    stack_index, stack_weight  [s, i, N, 4]  the s stacks of each image (batch.py), if there are any
     """
 
     id: str
@@ -62,6 +69,8 @@ class Sample:
     plan_weight: np.ndarray
     tiles: np.ndarray
     context_end: np.ndarray
+    stack_index: np.ndarray = dataclasses.field(default_factory=_no_stacks)
+    stack_weight: np.ndarray = dataclasses.field(default_factory=_no_stacks)
 
     @property
     def extent(self) -> Extent:
@@ -79,12 +88,18 @@ class SampleSpec:
     image: ImageConfig
     vision: VisionConfig
     room: Extent
+    extras: Extras = NO_EXTRAS
     augmentation: Augmentation = NO_AUGMENTATION
     one_question: bool = False
 
     @classmethod
     def from_config(
-        cls, data: DataConfig, image: ImageConfig, vision: VisionConfig, tokenizer: Tokenizer
+        cls,
+        data: DataConfig,
+        image: ImageConfig,
+        vision: VisionConfig,
+        tokenizer: Tokenizer,
+        extras: Extras = NO_EXTRAS,
     ) -> SampleSpec:
         return cls(
             tokenizer=tokenizer,
@@ -92,7 +107,8 @@ class SampleSpec:
             labels=data.labels,
             image=image,
             vision=vision,
-            room=Sizes.from_config(data, vision, rows=1).row,
+            room=Sizes.from_config(data, vision, 1, extras).row,
+            extras=extras,
             augmentation=Augmentation(data.augment, data.jitter),
             one_question=data.turns == "one",
         )
@@ -140,8 +156,8 @@ def measure(row: Mapping[str, Any], root: str, spec: SampleSpec) -> Extent:
     )
     _check_room("images", len(paths), spec.room.images)
     sizes = [image_size(root, path, spec.image.max_pixels) for path in paths]
-    single = len(paths) == 1
-    taken = [layout_size(*size, spec.image, spec.vision, single=single) for size in sizes]
+    how: Any = {"single": len(paths) == 1, "extras": spec.extras}
+    taken = [layout_size(*size, spec.image, spec.vision, **how) for size in sizes]
     return _extent(ids, taken, spec.room)
 
 
@@ -207,8 +223,8 @@ def _assemble(
     spec: SampleSpec,
     rng: np.random.Generator | None,
 ) -> Sample:
-    single = len(images) == 1
-    layouts = [layout(*image.size, spec.image, spec.vision, single=single) for image in images]
+    how: Any = {"single": len(images) == 1, "extras": spec.extras}
+    layouts = [layout(*image.size, spec.image, spec.vision, **how) for image in images]
     taken = [(each.num_tiles, each.num_tokens) for each in layouts]
     tokens = _extent(len(encoded.ids), taken, spec.room).tokens
 
@@ -237,23 +253,32 @@ def _assemble(
         tiles=np.concatenate(
             [
                 np.zeros((0, size, size, 3), np.uint8),
-                *(make_tiles(image, spec.image, spec.vision, single=single) for image in images),
+                *(make_tiles(image, spec.image, spec.vision, **how) for image in images),
             ]
         ),
         context_end=context_end.astype(np.int32),
-        **_join_plans(layouts, spec.vision.num_patches),
+        **_join_plans(layouts, spec.vision.num_patches, spec.extras),
     )
 
 
-def _join_plans(layouts: list[ImageLayout], patches: int) -> dict[str, np.ndarray]:
+def _join_plans(layouts: list[ImageLayout], patches: int, extras: Extras) -> dict[str, np.ndarray]:
     """The plans of a sample's pictures one after another, each behind the tiles before it."""
-    first_tile = np.cumsum([0, *(each.num_tiles for each in layouts)])
-    index = [
-        each.plan_index + tile * patches
-        for each, tile in zip(layouts, first_tile[:-1], strict=True)
-    ]
+    first_tile = np.cumsum([0, *(each.num_tiles for each in layouts)])[:-1]
+    before = first_tile * (patches + extras.pooled)
+    index = [each.plan_index + start for each, start in zip(layouts, before, strict=True)]
     none = np.zeros((0, READS))
-    return {
+    stacks = {}
+    if extras.stacks:
+        empty = np.zeros((extras.stacks, 0, patches, READS))
+        stack_index = [
+            each.stack_index[:, None] + start for each, start in zip(layouts, before, strict=True)
+        ]
+        stack_weight = [each.stack_weight[:, None] for each in layouts]
+        stacks = {
+            "stack_index": np.concatenate([empty, *stack_index], 1).astype(np.int32),
+            "stack_weight": np.concatenate([empty, *stack_weight], 1).astype(np.float32),
+        }
+    return stacks | {
         "plan_index": np.concatenate([none.astype(np.int32), *index]).astype(np.int32),
         "plan_weight": np.concatenate(
             [none.astype(np.float32), *(each.plan_weight for each in layouts)]

@@ -59,14 +59,12 @@ def bounds(
 
 def bank_reads(experiment: Experiment) -> float:
     """Bytes of the bank that all injections of an update read: forward, repetition, backward."""
-    model, data = experiment.model, experiment.data
-    strategy = registry.of(model)
-    points = len(strategy.decoder_layers(model.fusion, model.text))
-    taps = len(strategy.banked_taps(model.fusion, model.vision))
+    model = experiment.model
+    row = flops.row_of(experiment)
+    once = registry.of(model).bank_reads(model.fusion, model, row)
     width = jnp.dtype(experiment.compute.dtype).itemsize
-    one = taps * data.visual_per_row * model.text.hidden_size * width
     times = 3 if experiment.compute.remat != "none" else 2
-    return float(data.batch_size * points * times * one)
+    return experiment.data.batch_size * times * width * once
 
 
 def _repeated(experiment: Experiment, compiled: Compiled) -> float:

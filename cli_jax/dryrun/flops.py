@@ -13,18 +13,21 @@ from collections.abc import Mapping
 
 from cli_jax import routing
 from cli_jax.config import ModelConfig, VisionConfig
+from cli_jax.data.collate import Sizes
 from cli_jax.experiment import Experiment
 from cli_jax.fusion import registry
 from cli_jax.fusion.base import Row
 
-# In the order in which gradients do not flow. `side` and `late` are DPVR's (routing/dpvr.py).
-PARTS = ("vision", "projector", "amp", "agf", "decoder", "side", "late", "head")
+# In the order in which features pass them. `fusion` is what a strategy other than CLI adds; `side`
+# and `late` are DPVR's (routing/dpvr.py).
+PARTS = ("vision", "fusion", "projector", "amp", "agf", "decoder", "side", "late", "head")
 OWNERS = {  # prefix of a parameter's path -> part; the first that matches
     "vision_tower/": "vision",
     "multi_modal_projector/": "projector",
     "image_newline": "projector",
+    "fusion/amp/": "amp",
     "fusion/agf/": "agf",
-    "fusion/": "amp",
+    "fusion/": "fusion",
     "routing/": "side",
     "lm_head/": "head",
     "language_model/": "decoder",
@@ -34,8 +37,8 @@ Flops = dict[str, float]
 
 def row_of(experiment: Experiment) -> Row:
     """A row of a config, filled to the last slot."""
-    data = experiment.data
-    return Row(data.row_length, data.visual_per_row, data.tiles_per_row, data.text_per_row)
+    sizes = Sizes.from_config(experiment.data, experiment.model.vision, 1, experiment.extras)
+    return Row(sizes.length, sizes.visual, sizes.tiles, sizes.images, sizes.text)
 
 
 def forward(model: ModelConfig, row: Row) -> Flops:

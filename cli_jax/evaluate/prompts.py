@@ -54,7 +54,9 @@ def read_questions(path: str | Path, limit: int = 0) -> list[Question]:
 def prompt_spec(experiment: Experiment, tokenizer: Tokenizer, new_tokens: int) -> SampleSpec:
     """How questions become prompts: as in training, but as long as the decoder can read."""
     model = experiment.model
-    spec = SampleSpec.from_config(experiment.data, model.image, model.vision, tokenizer)
+    spec = SampleSpec.from_config(
+        experiment.data, model.image, model.vision, tokenizer, experiment.extras
+    )
     room = model.text.max_position_embeddings - new_tokens
     return dataclasses.replace(spec, room=Extent(room, room, room, room, room))
 
@@ -129,6 +131,6 @@ def _blank(sample: Sample, question: Question, root: str, spec: SampleSpec) -> S
     images = open_pictures(question, root, spec, blank=True)
     if not images:
         return sample
-    single = len(images) == 1
-    tiles = [make_tiles(image, spec.image, spec.vision, single=single) for image in images]
+    how: Any = {"single": len(images) == 1, "extras": spec.extras}
+    tiles = [make_tiles(image, spec.image, spec.vision, **how) for image in images]
     return dataclasses.replace(sample, tiles=np.concatenate(tiles))

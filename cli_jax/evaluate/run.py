@@ -152,7 +152,7 @@ def _ask(
                 yield number, prompt
 
     with bar:
-        for group in batches(usable(), rows, spec.vision):
+        for group in batches(usable(), rows, spec.vision, spec.extras):
             for number, completion in zip(
                 group.numbers, generator(group.batch, group.numbers), strict=True
             ):

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from cli_jax import batch as batch_lib
+from cli_jax.data.collate import Sizes
 from cli_jax.experiment import ConfigError, Experiment, MeshConfig, load_answering
 from cli_jax.hf import load as hf
 from cli_jax.hf.describe import describe, is_checkpoint
@@ -61,17 +62,8 @@ def open_run(where: str | Path, step: int | None = None) -> Run:
     mesh = make_mesh(MeshConfig(), experiment.model)
     rules, _ = rules_for(experiment.model, mesh)
     model = vlm.build(experiment.model, experiment.compute)
-    vision = experiment.model.vision
-    row = batch_lib.empty(
-        rows=1,
-        length=2,
-        visual=1,
-        tiles=1,
-        images=1,
-        tile_size=vision.image_size,
-        patches=vision.num_patches,
-        text=1,
-    )
+    sizes = Sizes.from_config(experiment.data, experiment.model.vision, 1, experiment.extras)
+    row = batch_lib.empty(**dataclasses.asdict(sizes))
     boxed = jax.eval_shape(model.init, jax.random.key(0), row)["params"]
     abstract, _ = shard_params(boxed, mesh, rules)
     if step is None:

@@ -8,35 +8,44 @@ know nothing of strategies: they are given layer indices and an `Injection`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from cli_jax.config import ModelConfig, TextConfig, VisionConfig
+from cli_jax.image.extras import NO_EXTRAS, Extras
 from cli_jax.model.decoder import Injection
 from cli_jax.model.gather import apply_plan
 from cli_jax.model.layers import Dtype
 from cli_jax.model.projector import Projector
+from cli_jax.model.remat import rematerialize
 from cli_jax.model.vision import Emit
 
-# look(layers, stop, emit, xs): runs the tower to layer `stop` once and keeps, of each of the
-# ascending `layers`, emit(V_k [B, M*N, V], xs[i]), stacked on axis 0; returns that and V_stop
-# [B, M*N, V]. What is emitted stays for the whole decoder: better the features of visual slots than
-# the states of all patches.
-Look = Callable[[tuple[int, ...], int, Emit, Any], tuple[Any, jax.Array]]
-LayerSpec = tuple[int, ...] | str  # indices, "all" or "every:m"
+LayerSpec = tuple[int, ...] | str  # indices, "all", "every:m"; of the tower also "at:30%,90%"
 TapSpec = tuple[int | tuple[int, ...], ...] | str  # an entry with several layers is their mean
 Tap = tuple[int, ...]  # vision layers whose mean is one tap
 
 
+class Look(Protocol):
+    """Runs the tower to layer `stop` once and keeps, of each of the ascending `layers`,
+    emit(V_k [B, M*N, V], xs[i]), stacked on axis 0 or, with `add`, summed up; returns that and
+    V_stop [B, M*N, V]. What is emitted stays for the whole decoder: better the features of visual
+    slots, or a sum, than the states of all patches."""
+
+    def __call__(
+        self, layers: tuple[int, ...], stop: int, emit: Emit, xs: Any, add: bool = False, /
+    ) -> tuple[Any, jax.Array]: ...
+
+
 class Row(NamedTuple):
-    """How much one row holds: tokens L, visual slots P, tiles M, text slots Q."""
+    """How much one row holds: tokens L, visual slots P, tiles M, images I, text slots Q."""
 
     length: int
     visual: int
     tiles: int
+    images: int = 1
     text: int = 0
 
 
@@ -79,25 +88,82 @@ class Fusion(nn.Module):
 
     @classmethod
     def banked_taps(cls, config: Any, vision: VisionConfig) -> tuple[Tap, ...]:
-        """The taps kept for the whole decoder, [K, B, P, D], and read at every injection."""
+        """The taps kept for the whole decoder, [K, B, P, D]: the bank."""
         return ()
 
     @classmethod
+    def bank_reads(cls, config: Any, model: ModelConfig, row: Row) -> float:
+        """Numbers that all injections of one row's forward pass read of what is kept for them."""
+        points = len(cls.decoder_layers(config, model.text))
+        taps = len(cls.banked_taps(config, model.vision))
+        return float(points * taps * row.visual * model.text.hidden_size)
+
+    @classmethod
+    def extras(cls, config: Any, model: ModelConfig) -> Extras:
+        """Tokens and tiles that host code adds to every picture; ValueError if it cannot."""
+        return NO_EXTRAS
+
+    @classmethod
     def flops(cls, config: Any, model: ModelConfig, row: Row) -> dict[str, float]:
-        """Forward FLOPs of one row by part (`projector`, `amp`, `agf`; dryrun/flops.py)."""
+        """Forward FLOPs of one row by part (`fusion`, `projector`, ...; dryrun/flops.py)."""
         raise TypeError(f"{cls.__name__} must count its FLOPs")
+
+    @classmethod
+    def has_plain_projector(cls, config: Any) -> bool:
+        """Whether the model's projector is LLaVA's own, which reads one layer.
+
+        False: nothing calls P, or it reads several layers; then a checkpoint's does not fit.
+        """
+        return True
+
+    @classmethod
+    def copies(cls, config: Any) -> dict[str, str]:
+        """New parameters that start as copies of others, {path: path of the other}.
+
+        A leading axis that the other does not have is filled with copies. What a run starts from
+        has the last word: the other is copied as loaded, and what was loaded itself stays.
+        """
+        return {}
 
     @classmethod
     def needs_prompt_context(cls, config: Any) -> bool:
         """Whether image positions see the question: its labels must then be ignored."""
         return False
 
+    def look_at_taps(
+        self, look: Look, taps: tuple[Tap, ...], emit: Emit, xs: Any
+    ) -> tuple[Any, jax.Array]:
+        """What `emit` makes of every tap and its entry of `xs`, stacked; and V_last [B, M*N, V].
+
+        A tap of one layer is emitted where it arises. Means of layers, and layers behind V_last,
+        have to wait until the tower is done: then the states of all layers are kept.
+        """
+        last = self.model.vision.last_layer
+        if all(len(tap) == 1 and tap[0] <= last for tap in taps):
+            return look(layers_of(taps), last, emit, xs)
+        layers = layers_of((*taps, (last,)))
+        hidden_ExBxMNxV, _ = look(layers, layers[-1], raw, None)
+        mean_KxBxMNxV = take_taps(hidden_ExBxMNxV, layers, taps)
+        outs = self.each(lambda tap: emit(*tap), (mean_KxBxMNxV, xs))
+        return outs, hidden_ExBxMNxV[layers.index(last)]
+
+    def each(self, f: Callable[[Any], Any], xs: Any) -> Any:
+        """f of every entry on the leading axis of `xs`, one after another, stacked."""
+        f, unroll = rematerialize(f, self.remat), True if self.unroll else 1
+        return jax.lax.scan(lambda _, x: (None, f(x)), None, xs, unroll=unroll)[1]
+
 
 def taps(spec: TapSpec, vision: VisionConfig) -> tuple[Tap, ...]:
-    """The taps of a spec: `all` = 1..V_last, `every:m` counts back from V_last."""
+    """The taps of a spec: `all` = 1..V_last, `every:m` counts back from V_last.
+
+    `at:30%,60%,90%` are the layers nearest to these shares of V_last, each of them once.
+    """
     last = vision.last_layer
     if spec == "all":
         return tuple((k,) for k in range(1, last + 1))
+    if isinstance(spec, str) and spec.startswith("at:"):
+        nearest = {max(1, int(last * share / 100 + 0.5)) for share in shares(spec)}
+        return tuple((k,) for k in sorted(nearest))
     if isinstance(spec, str):
         return tuple((k,) for k in sorted(range(last, 0, -_period(spec, "vision layers"))))
     known = range(vision.num_hidden_layers + 1)
@@ -128,6 +194,15 @@ def injection_layers(spec: LayerSpec, text: TextConfig) -> tuple[int, ...]:
     if isinstance(spec, str):
         return tuple(range(0, n, _period(spec, "decoder layers")))
     return _checked(spec, range(n), "decoder layer")
+
+
+def shares(spec: str) -> tuple[int, ...]:
+    """The per cents of `at:30%,60%,90%`: ascending, from 1 to 100."""
+    parts = spec.removeprefix("at:").split(",")
+    found = tuple(int(p[:-1]) for p in parts if p.endswith("%") and p[:-1].isdigit())
+    if len(found) != len(parts) or list(found) != sorted(set(found) & set(range(1, 101))):
+        raise ValueError(f"{spec!r} does not name vision layers: use ascending shares 'at:30%,90%'")
+    return found
 
 
 def _period(spec: str, what: str) -> int:
@@ -167,23 +242,44 @@ def is_patch(batch: dict[str, jax.Array]) -> jax.Array:
 
 def gather_patches(x_BxMNxD: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
     """Patches of a row's tiles [B, M*N, D] -> visual slots [B, P, D], through the gather plan."""
+    check_plan(x_BxMNxD, batch)
     return apply_plan(x_BxMNxD, batch["plan_index"], batch["plan_weight"], batch["plan_inverse"])
+
+
+def check_plan(x_BxMNxD: jax.Array, batch: dict[str, jax.Array]) -> None:
+    """Raises ValueError if the batch's plan is not about as many features as the strategy has."""
+    there, here = batch["plan_inverse"].shape[1], x_BxMNxD.shape[1]
+    if there != here:
+        raise ValueError(
+            f"the batch's plan reads {there} features of a row, the model has {here}: make the "
+            "batch with the strategy's extras (Experiment.extras)"
+        )
 
 
 def project(x_BxMNxV: jax.Array, batch: dict[str, jax.Array], projector: Projector) -> jax.Array:
     """P(V) on visual slots [B, P, D]; newline and padding slots get no bias and stay zero."""
-    gathered = gather_patches(projector.hidden(x_BxMNxV), batch)
-    return projector.output(gathered) * is_patch(batch)[..., None]
+    return project_hidden(projector.hidden(x_BxMNxV), batch, projector)
 
 
-def project_flops(model: ModelConfig, row: Row) -> float:
-    """FLOPs of one `project`: the first map on every patch, the second on every visual slot."""
-    V, D = model.vision.hidden_size, model.text.hidden_size
-    return 2.0 * D * (row.tiles * model.vision.num_patches * V + row.visual * D) + plan_flops(
-        D, row
-    )
+def project_hidden(
+    hidden_BxMNxD: jax.Array, batch: dict[str, jax.Array], projector: Projector
+) -> jax.Array:
+    """The second half of `project`, from P's hidden units of every patch."""
+    return projector.output(gather_patches(hidden_BxMNxD, batch)) * is_patch(batch)[..., None]
 
 
-def plan_flops(width: int, row: Row) -> float:
-    """FLOPs of one `gather_patches` of features of a width: four weighted patches a slot."""
-    return 8.0 * width * row.visual
+def project_flops(
+    model: ModelConfig, row: Row, *, width: int | None = None, pooled: int = 0
+) -> float:
+    """FLOPs of one `project`: the first map on every patch, the second on every visual slot.
+
+    width: of what is projected, by default V; pooled: features of a tile beside its patches.
+    """
+    V, D = width or model.vision.hidden_size, model.text.hidden_size
+    features = row.tiles * (model.vision.num_patches + pooled)
+    return 2.0 * D * (features * V + row.visual * D) + plan_flops(D, row.visual)
+
+
+def plan_flops(width: int, slots: int) -> float:
+    """FLOPs of one `apply_plan` of features of a width: four weighted patches a slot."""
+    return 8.0 * width * slots

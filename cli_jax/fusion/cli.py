@@ -27,7 +27,6 @@ from cli_jax.model.decoder import Injection
 from cli_jax.model.gather import place, take_or_zero
 from cli_jax.model.layers import partitioned
 from cli_jax.model.projector import Projector
-from cli_jax.model.remat import rematerialize
 from cli_jax.model.vision import Emit
 
 Batch = dict[str, jax.Array]
@@ -106,7 +105,7 @@ class CLI(base.Fusion):
         T = len(cls.decoder_layers(config, model.text))
         V, D, r = model.vision.hidden_size, model.text.hidden_size, config.rank
         patches = row.tiles * model.vision.num_patches
-        low = 2.0 * r * (patches * V + row.visual * D) + base.plan_flops(r, row)
+        low = 2.0 * r * (patches * V + row.visual * D) + base.plan_flops(r, row.visual)
         inject = 2.0 * T * K * row.visual * D
         pools = 4.0 * T * D * (K * row.visual + row.length)  # scores and sums, of Vhat and of h
         return {
@@ -135,25 +134,13 @@ class CLI(base.Fusion):
                 len(points), groups, channel_rank, c.gate_bias_init, self.param_dtype, name="agf"
             )(D)
         slots_BxIxP = _slots_of_image(batch)
-        unroll = True if self.unroll else 1
-
-        def each_tap(f: Callable[[Any], Any], xs: Any) -> Any:
-            f = rematerialize(f, self.remat)
-            return jax.lax.scan(lambda _, x: (None, f(x)), None, xs, unroll=unroll)[1]
-
-        align, last = self._align(batch, projector), self.model.vision.last_layer
-        if all(len(tap) == 1 and tap[0] <= last for tap in taps):
-            bank_KxBxPxD, last_BxMNxV = look(base.layers_of(taps), last, align, lora)
-        else:  # means of layers, and layers behind the last one: aligned when the tower is done
-            layers = self.vision_layers(c, self.model.vision)
-            hidden_ExBxMNxV, _ = look(layers, layers[-1], base.raw, None)
-            last_BxMNxV = hidden_ExBxMNxV[layers.index(last)]
-            mean_KxBxMNxV = base.take_taps(hidden_ExBxMNxV, layers, taps)
-            bank_KxBxPxD = each_tap(lambda tap: align(*tap), (mean_KxBxMNxV, lora))
+        bank_KxBxPxD, last_BxMNxV = self.look_at_taps(
+            look, taps, self._align(batch, projector), lora
+        )
         features_BxPxD = base.project(last_BxMNxV, batch, projector)
         xs = None
         if weights is not None:
-            c_v_KxBxTxIxD = each_tap(
+            c_v_KxBxTxIxD = self.each(
                 lambda Vhat_BxPxD: agf.pool(weights["query_visual"], Vhat_BxPxD, slots_BxIxP),
                 bank_KxBxPxD,
             )

@@ -5,11 +5,21 @@ from __future__ import annotations
 from cli_jax.config import ModelConfig
 from cli_jax.fusion.base import Fusion
 from cli_jax.fusion.cli import CLI
+from cli_jax.fusion.deepstack import DeepStack
+from cli_jax.fusion.dense_connector import DenseConnector
+from cli_jax.fusion.layer_concat import LayerConcat
+from cli_jax.fusion.mmfuser import MMFuser
 from cli_jax.fusion.none import NoFusion
+from cli_jax.fusion.sli import SLI
 
 STRATEGIES: dict[str, type[Fusion]] = {
     "none": NoFusion,
     "cli": CLI,
+    "deepstack": DeepStack,
+    "sli": SLI,
+    "layer_concat": LayerConcat,
+    "dense_connector": DenseConnector,
+    "mmfuser": MMFuser,
 }
 
 

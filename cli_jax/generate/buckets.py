@@ -9,6 +9,7 @@ from cli_jax.batch import Batch
 from cli_jax.config import VisionConfig
 from cli_jax.data import Sample, Sizes, collate
 from cli_jax.data.collate import Extent
+from cli_jax.image.extras import NO_EXTRAS, Extras
 
 VISUAL_UNIT = 32
 TEXT_UNIT = 64  # most questions, with the template's own words, fit into one of these
@@ -46,7 +47,10 @@ def bucket(extent: Extent) -> Extent:
 
 
 def batches(
-    prompts: Iterable[tuple[int, Sample]], rows: int, vision: VisionConfig
+    prompts: Iterable[tuple[int, Sample]],
+    rows: int,
+    vision: VisionConfig,
+    extras: Extras = NO_EXTRAS,
 ) -> Iterator[Group]:
     """Groups numbered prompts by bucket; a full group goes out at once, the others at the end.
 
@@ -59,13 +63,13 @@ def batches(
         group = waiting.setdefault(shape, [])
         group.append((number, sample))
         if len(group) == rows:
-            yield _collate(waiting.pop(shape), shape, rows, vision)
+            yield _collate(waiting.pop(shape), shape, rows, vision, extras)
     for shape, group in waiting.items():
-        yield _collate(group, shape, rows, vision)
+        yield _collate(group, shape, rows, vision, extras)
 
 
 def _collate(
-    group: list[tuple[int, Sample]], shape: Extent, rows: int, vision: VisionConfig
+    group: list[tuple[int, Sample]], shape: Extent, rows: int, vision: VisionConfig, extras: Extras
 ) -> Group:
     sizes = Sizes(
         rows=rows,
@@ -76,5 +80,7 @@ def _collate(
         tile_size=vision.image_size,
         patches=vision.num_patches,
         text=shape.text,
+        pooled=extras.pooled,
+        stacks=extras.stacks,
     )
     return Group([number for number, _ in group], collate([[s] for _, s in group], sizes))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cli_jax.config import ModelConfig
+from cli_jax.hf import names
 from cli_jax.hf.error import ConversionError
 from cli_jax.hf.source import ADAPTER_WEIGHTS, read_json
 from cli_jax.hf.tensor import Tensor, blocks, fingerprint
@@ -31,6 +32,7 @@ class Adapter:
     fusion: dict[str, Any]
     routing: dict[str, Any]
     base: str  # fingerprint
+    base_parts: tuple[str, ...]  # what it covers: a strategy may do without the projector
     tensors: dict[str, StoredTensor]
 
     @property
@@ -39,9 +41,12 @@ class Adapter:
 
 
 def write_adapter(
-    folder: Path, model: ModelConfig, tensors: Mapping[str, Tensor], base: str
+    folder: Path, model: ModelConfig, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]
 ) -> None:
-    """Writes both files. tensors: by our path; base: the base model's fingerprint."""
+    """Writes both files. tensors: by our path.
+
+    base: the tensors of the model without strategy and routing, by canonical name.
+    """
     streams = [
         (path.replace("/", "."), tensor.shape, tensor.dtype, blocks(tensor))
         for path, tensor in tensors.items()
@@ -53,7 +58,8 @@ def write_adapter(
             model.fusion_name: dataclasses.asdict(model.fusion),
         },
         "routing": dataclasses.asdict(model.routing),
-        "base_fingerprint": base,
+        "base_fingerprint": fingerprint(base),
+        "base_parts": [part for part in names.BASE if part in _parts(base)],
         "tensors": {path: list(tensor.shape) for path, tensor in tensors.items()},
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -72,8 +78,8 @@ def read_adapter(folder: Path) -> Adapter | None:
         name = values["fusion"]["name"]
         tensors = {n.replace(".", "/"): t for n, t in read_header(weights).items()}
         routing = values.get("routing", {"name": "none"})
-        base = values["base_fingerprint"]
-        return Adapter(folder, name, values["fusion"][name], routing, base, tensors)
+        base, parts = values["base_fingerprint"], tuple(values.get("base_parts", names.BASE))
+        return Adapter(folder, name, values["fusion"][name], routing, base, parts, tensors)
     except (KeyError, TypeError) as error:
         raise ConversionError(f"{config} is not an adapter's description: {error!r}") from error
 
@@ -115,12 +121,16 @@ def _same_config(folder: Path, name: str, stored: Mapping[str, Any], config: Any
 
 def check_base(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
     """Refuses a base model that is not, value for value, the adapter's own."""
-    found = fingerprint(base)
+    found = fingerprint({n: t for n, t in base.items() if n.split(".")[0] in adapter.base_parts})
     if found != adapter.base:
         raise ConversionError(
             f"the adapter in {adapter.folder} belongs to the base model {adapter.base}, not to this"
             f" one, {found}: give it the base it was trained on (with the same vocabulary rows)"
         )
+
+
+def _parts(base: Mapping[str, Tensor]) -> set[str]:
+    return {name.split(".")[0] for name in base}
 
 
 def match(adapter: Adapter, wanted: Mapping[str, Any]) -> dict[str, StoredTensor]:

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from cli_jax.config import ModelConfig
+from cli_jax.fusion import registry
 from cli_jax.hf import adapter, names
 from cli_jax.hf.checkpoint import read
 from cli_jax.hf.error import ConversionError
@@ -61,7 +62,12 @@ def load_params(
     checkpoint = read(source, model=model, vocab_size=model.text.vocab_size if pad_vocab else None)
     abstract = flatten_dict(dict(abstract_params), sep="/")
     placed = flatten_dict(dict(shardings), sep="/") if shardings is not None else {}
-    wanted = names.expected(model.vision, model.text, has_newline=model.has_newline)
+    wanted = names.expected(
+        model.vision,
+        model.text,
+        has_newline=model.has_newline,
+        has_projector=registry.of(model).has_plain_projector(model.fusion),
+    )
     base = names.leaves(wanted)
     _check_model(abstract, base)
     readers: dict[str, Callable[[Index], np.ndarray]] = {}
@@ -74,6 +80,13 @@ def load_params(
         found = adapter.open_adapter(checkpoint.source.folder, model, checkpoint.tensors)
     for path, tensor in adapter.match(found, own).items() if found else ():
         readers[path] = _plain_reader(tensor, abstract[path])
+    unused = [name for name in checkpoint.tensors if name not in wanted]
+    notes = checkpoint.notes
+    if unused:
+        notes += (
+            f"fusion strategy {model.fusion_name!r} has no use for {len(unused)} tensors of the"
+            f" checkpoint, e.g. {unused[0]}",
+        )
     params = {
         path: jax.make_array_from_callback(
             abstract[path].shape, placed.get(path) or _sharding(abstract[path]), readers[path]
@@ -81,11 +94,13 @@ def load_params(
         for path in tqdm(readers, desc="loading", unit="array", disable=not progress)
     }
     missing = tuple(path for path in abstract if path not in params)
-    return Loaded(unflatten_dict(params, sep="/"), missing, checkpoint.notes)
+    return Loaded(unflatten_dict(params, sep="/"), missing, notes)
 
 
 def _check_model(abstract: Mapping[str, Any], base: Mapping[str, names.Leaf]) -> None:
-    """The model's own parameters must be those that the name map knows."""
+    """The base model's parameters must be those that the name map knows, but for a projector of
+    the fusion strategy's."""
+    known = {path.split("/")[0] for path in base}
     wrong = [
         f"{path}: name map {leaf.shape}, model {abstract[path].shape if path in abstract else None}"
         for path, leaf in base.items()
@@ -94,7 +109,7 @@ def _check_model(abstract: Mapping[str, Any], base: Mapping[str, names.Leaf]) ->
     wrong += [
         f"{path}: unknown to the name map"
         for path in abstract
-        if path.split("/")[0] in names.BASE and path not in base
+        if path.split("/")[0] in {*names.BASE} - ({names.PROJECTOR} - known) and path not in base
     ]
     if wrong:
         raise ConversionError("\n  ".join(["the model is not the one of its config:", *wrong]))

@@ -51,7 +51,8 @@ _NORMS: tuple[str, ...] = (
     *("input_layernorm", "post_attention_layernorm"),
 )
 _TABLES = ("embed_tokens", "position_embedding")
-BASE = ("vision_tower", "multi_modal_projector", "image_newline", "language_model", "lm_head")
+PROJECTOR = "multi_modal_projector"
+BASE = ("vision_tower", PROJECTOR, "image_newline", "language_model", "lm_head")
 
 
 def canonical(stored: str, *, tower: bool = False) -> str | None:
@@ -80,8 +81,14 @@ def vision_layer(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def expected(vision: VisionConfig, text: TextConfig, *, has_newline: bool) -> dict[str, Shape]:
-    """Every tensor of the base model by canonical name, with its stored shape ([out, in])."""
+def expected(
+    vision: VisionConfig, text: TextConfig, *, has_newline: bool, has_projector: bool = True
+) -> dict[str, Shape]:
+    """Every tensor of the base model by canonical name, with its stored shape ([out, in]).
+
+    has_projector: a fusion strategy may do without, or have its own (`fusion/base.py`);
+    checkpoints have one.
+    """
     V, D = vision.hidden_size, text.hidden_size
     shapes: dict[str, Shape] = {}
 
@@ -113,8 +120,9 @@ def expected(vision: VisionConfig, text: TextConfig, *, has_newline: bool) -> di
         linear(f"{layer}.mlp.fc2", vision.intermediate_size, V, bias=True)
     layer_norm(f"{tower}.post_layernorm")
 
-    linear("multi_modal_projector.linear_1", V, D, bias=True)
-    linear("multi_modal_projector.linear_2", D, D, bias=True)
+    if has_projector:
+        linear(f"{PROJECTOR}.linear_1", V, D, bias=True)
+        linear(f"{PROJECTOR}.linear_2", D, D, bias=True)
     if has_newline:
         shapes["image_newline"] = (D,)
 

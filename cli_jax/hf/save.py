@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cli_jax.config import ImageConfig, TextConfig, VisionConfig
+from cli_jax.config import ImageConfig, ModelConfig, TextConfig, VisionConfig
 from cli_jax.hf import names
 from cli_jax.hf.checkpoint import CONVERSION
 from cli_jax.hf.config_out import check_image_token, config_json, preprocessor_json
@@ -79,10 +79,13 @@ class Model:
 
 
 def stored_tensors(
-    arrays: Mapping[str, Array], vision: VisionConfig, text: TextConfig, *, has_newline: bool
+    arrays: Mapping[str, Array], model: ModelConfig, *, has_projector: bool
 ) -> tuple[dict[str, Tensor], dict[str, Array]]:
     """Our parameters by path -> (base tensors by canonical name, those no base model has)."""
-    leaves = names.leaves(names.expected(vision, text, has_newline=has_newline))
+    wanted = names.expected(
+        model.vision, model.text, has_newline=model.has_newline, has_projector=has_projector
+    )
+    leaves = names.leaves(wanted)
     tensors: dict[str, Tensor] = {}
     for path, leaf in leaves.items():
         for i, name in enumerate(leaf.names):

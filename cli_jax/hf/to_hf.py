@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cli_jax.fusion import registry
 from cli_jax.hf import names
 from cli_jax.hf.adapter import write_adapter
 from cli_jax.hf.checkpoint import EMBEDDING, HEAD
@@ -20,7 +21,7 @@ from cli_jax.hf.config_out import is_onevision
 from cli_jax.hf.error import ConversionError
 from cli_jax.hf.save import Array, Model, Stored, cast, stored_tensors, write_model, write_report
 from cli_jax.hf.source import open_source, read_json
-from cli_jax.hf.tensor import Cast, PaddedVocabulary, fingerprint
+from cli_jax.hf.tensor import Cast, PaddedVocabulary
 from cli_jax.hf.tensorfile import DTYPES
 from cli_jax.hf.workdir import TrainingCheckpoint, open_workdir
 from cli_jax.hf.write import output_folder
@@ -50,9 +51,8 @@ def to_hf(
     checkpoint = open_workdir(where, step)
     checkpoint.verify(progress=progress)
     model = checkpoint.experiment.model
-    tensors, own_arrays = stored_tensors(
-        checkpoint.arrays, model.vision, model.text, has_newline=model.has_newline
-    )
+    has_projector = registry.of(model).has_plain_projector(model.fusion)
+    tensors, own_arrays = stored_tensors(checkpoint.arrays, model, has_projector=has_projector)
     own = {path: _whole(path, array) for path, array in own_arrays.items()}
     command = f"to-hf {checkpoint.workdir} (step {checkpoint.step})"
     if adapter_only:
@@ -62,7 +62,7 @@ def to_hf(
                 f"{model.routing.name} have no parameters: nothing to share"
             )
         with output_folder(out) as folder:
-            write_adapter(folder, model, own, fingerprint(tensors))
+            write_adapter(folder, model, own, tensors)
             return write_report(folder, command, {}, {}, (), [_adapter_note(model, own)])
     text, appended_from = model.text, None
     if dtype != "keep":
@@ -108,10 +108,17 @@ def to_hf(
         if own:
             written = open_source(folder).tensors
             base = {name: written[names.hub(name)] for name in tensors}
-            write_adapter(folder, model, own, fingerprint(base))
+            write_adapter(folder, model, own, base)
             notes.append(_adapter_note(model, own))
+        whole = names.expected(model.vision, model.text, has_newline=model.has_newline)
+        absent = [name for name in whole if name not in tensors]
+        if absent:
+            notes.append(
+                f"fusion strategy {model.fusion_name!r} does without LLaVA's projector;"
+                " transformers would draw one at random: this folder serves config.init_from only"
+            )
         origin = dict.fromkeys(tensors, f"{checkpoint.workdir}")
-        return write_report(folder, command, tensors, origin, (), notes)
+        return write_report(folder, command, tensors, origin, absent, notes)
 
 
 def _whole(path: str, array: Array) -> Stored:

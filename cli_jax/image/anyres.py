@@ -18,8 +18,10 @@ import numpy as np
 
 from cli_jax.config import ImageConfig, VisionConfig
 from cli_jax.image.errors import ImageError
+from cli_jax.image.extras import NO_EXTRAS, Extras
+from cli_jax.image.grid import READS, lerp, read_grid, select_best_resolution
+from cli_jax.image.stacks import square_side, stack_grid, stack_plan
 
-READS = 4  # patches that one token reads at most, and tokens that read one patch at most
 DOWNSCALE_ABOVE = 1.1  # the reference tolerates 1.1 x (per side) more tokens than the maximum
 
 
@@ -32,16 +34,18 @@ class Treatment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageLayout:
-    """What one picture becomes; p visual tokens out of num_tiles * N patches.
+    """What one picture becomes; p visual tokens out of num_tiles * (N + E) features.
 
     Tiles: the base view, then the `grid` row by row. Tokens: the base view's patches, then, row by
-    row, the high-resolution tokens with one newline after each row.
+    row, the high-resolution tokens with one newline after each row, then the E pooled ones.
 
     num_tiles    M tiles of this picture: 1 + grid rows * grid columns
-    plan_index   int32   [p, 4]  patches read: tile*N + row*g + column
+    plan_index   int32   [p, 4]  features read: tile*(N+E) + row*g + column, and the E pooled ones
+                                 of the base view, N..N+E-1
     plan_weight  float32 [p, 4]  their weights, summing to 1; 0 for newlines; no patch has weight
                                  twice in one token
     newline      bool    [p]     the token is an image_newline
+    stack_index, stack_weight  [m, N, 4]  the same for the stacks on the base view's tokens
     grid         (rows, columns) of high-resolution tiles; (0, 0) if there is only the base view
     unpadded     (rows, columns) of patches left of that grid when the padding is cut
     out          (rows, columns) of high-resolution tokens, newlines not counted
@@ -51,6 +55,8 @@ class ImageLayout:
     plan_index: np.ndarray
     plan_weight: np.ndarray
     newline: np.ndarray
+    stack_index: np.ndarray
+    stack_weight: np.ndarray
     grid: tuple[int, int] = (0, 0)
     unpadded: tuple[int, int] = (0, 0)
     out: tuple[int, int] = (0, 0)
@@ -75,27 +81,6 @@ def treatment(image: ImageConfig, *, single: bool) -> Treatment:
     raise ValueError(
         f"image.aspect_ratio is {name!r}: use anyres_max_N (N >= 1), anyres, square, pad or crop"
     )
-
-
-def select_best_resolution(
-    width: int, height: int, pinpoints: tuple[tuple[int, int], ...]
-) -> tuple[int, int]:
-    """The (height, width) of the pinpoint that keeps most pixels, then wastes least, then is first.
-
-    `pinpoints` are (height, width). LLaVA-NeXT's own scripts list (width, height): swap each pair
-    of an asymmetric list, keeping its order.
-    """
-    best, best_kept, best_waste = None, 0, math.inf
-    for target_height, target_width in pinpoints:
-        scale = min(target_width / width, target_height / height)
-        # An enlarged picture keeps no more pixels than it has.
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        waste = target_width * target_height - kept
-        if kept > best_kept or (kept == best_kept and waste < best_waste):
-            best, best_kept, best_waste = (target_height, target_width), kept, waste
-    if best is None:
-        raise ValueError("image.grid_pinpoints is empty: anyres needs (height, width) pairs")
-    return best
 
 
 def tile_grid(width: int, height: int, image: ImageConfig, vision: VisionConfig) -> tuple[int, int]:
@@ -152,30 +137,38 @@ def token_grid(rows: int, columns: int, patches: int, max_tiles: int | None) -> 
     return out
 
 
-def _lerp(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sources [out, 2] and weights [out, 2] of bilinear interpolation along one axis.
-
-    torch's `interpolate(mode="bilinear", align_corners=False)` without antialiasing; the identity
-    if out == size. A source that would be read twice, at the border, gets the whole weight once.
-    """
-    at = np.maximum((np.arange(out) + 0.5) * (size / out) - 0.5, 0.0) if out else np.zeros(0)
-    low = at.astype(np.int64)
-    high = np.minimum(low + 1, size - 1)
-    part = np.where(high == low, 0.0, at - low)
-    return np.stack([low, high], -1), np.stack([1.0 - part, part], -1)
-
-
 def layout_size(
-    width: int, height: int, image: ImageConfig, vision: VisionConfig, *, single: bool
+    width: int,
+    height: int,
+    image: ImageConfig,
+    vision: VisionConfig,
+    *,
+    single: bool,
+    extras: Extras = NO_EXTRAS,
 ) -> tuple[int, int]:
     """(tiles, tokens) of the picture's `layout`, which is not made; raises as it does."""
     how = treatment(image, single=single)
+    tokens = vision.num_patches + extras.pooled
     if how.kind != "anyres":
-        return 1, vision.num_patches + _newlines(width, height, how)
+        end = _newlines(width, height, how)
+        rows, columns = one_tile_grid(width, height, how, vision, extras)
+        return 1 + rows * columns, tokens + end
     (rows, columns), _, (out_rows, out_columns) = _high_resolution(
         width, height, image, vision, how.max_tiles
     )
-    return 1 + rows * columns, vision.num_patches + out_rows * (out_columns + 1)
+    return 1 + rows * columns, tokens + out_rows * (out_columns + 1)
+
+
+def one_tile_grid(
+    width: int, height: int, how: Treatment, vision: VisionConfig, extras: Extras
+) -> tuple[int, int]:
+    """(rows, columns) of the tiles that stacks add to a picture whose tokens read one tile only.
+
+    None to those of a sample with several pictures (`pad_newline`), which are meant to be cheap.
+    """
+    if not extras.stacks or how.kind == "pad_newline":
+        return 0, 0
+    return stack_grid(width, height, vision, extras.stacks)
 
 
 def _newlines(width: int, height: int, how: Treatment) -> int:
@@ -198,7 +191,13 @@ def _high_resolution(
 
 
 def layout(
-    width: int, height: int, image: ImageConfig, vision: VisionConfig, *, single: bool
+    width: int,
+    height: int,
+    image: ImageConfig,
+    vision: VisionConfig,
+    *,
+    single: bool,
+    extras: Extras = NO_EXTRAS,
 ) -> ImageLayout:
     """Tiles, tokens and gather plan of a picture of `width` x `height` pixels.
 
@@ -207,54 +206,59 @@ def layout(
     ImageError for a picture without a layout and ValueError for an unusable config.
     """
     how = treatment(image, single=single)
-    g, N = vision.grid, vision.num_patches
-    base_index = np.repeat(np.arange(N, dtype=np.int32)[:, None], READS, 1)
-    base_weight = np.zeros((N, READS), np.float32)
-    base_weight[:, 0] = 1.0
+    stride = vision.num_patches + extras.pooled
+    base = np.arange(stride)  # features of the base view: its patches, then what is pooled of them
+    patches, pooled = (_copied(part) for part in np.split(base, [vision.num_patches]))
     if how.kind != "anyres":
         end = _newlines(width, height, how)
-        return ImageLayout(
-            num_tiles=1,
-            plan_index=np.pad(base_index, ((0, end), (0, 0))),
-            plan_weight=np.pad(base_weight, ((0, end), (0, 0))),
-            newline=np.arange(N + end) >= N,
-        )
-
-    grid, (rows, columns), out = _high_resolution(width, height, image, vision, how.max_tiles)
-    (grid_rows, grid_columns), (out_rows, out_columns) = grid, out
-    unpadded = rows.stop - rows.start, columns.stop - columns.start
-    y, y_weight = _lerp(unpadded[0], out_rows)
-    x, x_weight = _lerp(unpadded[1], out_columns)
-    y, x = y + rows.start, x + columns.start
-    # A patch's index is a sum over the axes: tile*N + row*g + column, where tile counts row-major
-    # behind the base view.
-    y_index = (1 + y // g * grid_columns) * N + y % g * g
-    x_index = x // g * N + x % g
-
-    shape = out_rows, out_columns + 1, READS  # the last column is the newline
-    index, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    corners = out_rows, out_columns, READS
-    index[:, :-1] = (y_index[:, None, :, None] + x_index[None, :, None, :]).reshape(corners)
-    weight[:, :-1] = (y_weight[:, None, :, None] * x_weight[None, :, None, :]).reshape(corners)
-    newline = np.zeros(shape[:2], bool)
-    newline[:, -1] = True
+        index, weight = np.zeros((end, READS), np.int32), np.zeros((end, READS), np.float32)
+        newline = np.ones(end, bool)
+        grid = sampled = one_tile_grid(width, height, how, vision, extras)
+        unpadded = out = (0, 0)
+    else:
+        grid, (rows, columns), out = _high_resolution(width, height, image, vision, how.max_tiles)
+        unpadded = rows.stop - rows.start, columns.stop - columns.start
+        lines = [
+            (source + cut.start, weight)
+            for cut, (source, weight) in zip((rows, columns), map(lerp, unpadded, out), strict=True)
+        ]
+        plan = read_grid(lines[0], lines[1], grid[1], vision.grid, stride)
+        at_row_ends = (0, 0), (0, 1), (0, 0)
+        index, weight = (np.pad(part, at_row_ends).reshape(-1, READS) for part in plan)
+        newline = np.tile(np.arange(out[1] + 1) == out[1], out[0])
+        sampled = (square_side(extras.stacks),) * 2
+    stack_index, stack_weight = stack_plan(grid, sampled, vision, extras.stacks, stride)
     return ImageLayout(
-        num_tiles=1 + grid_rows * grid_columns,
-        plan_index=np.concatenate([base_index, index.reshape(-1, READS)]),
-        plan_weight=np.concatenate([base_weight, weight.reshape(-1, READS)]),
-        newline=np.concatenate([np.zeros(N, bool), newline.ravel()]),
+        num_tiles=1 + grid[0] * grid[1],
+        plan_index=np.concatenate([patches[0], index, pooled[0]]),
+        plan_weight=np.concatenate([patches[1], weight, pooled[1]]),
+        newline=np.concatenate(
+            [np.zeros(vision.num_patches, bool), newline, np.zeros(extras.pooled, bool)]
+        ),
+        stack_index=stack_index,
+        stack_weight=stack_weight,
         grid=grid,
         unpadded=unpadded,
         out=out,
     )
 
 
-def plan_inverse(plan_index: np.ndarray, plan_weight: np.ndarray, num_patches: int) -> np.ndarray:
+def _copied(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The plan (index, weight) of tokens that are a feature each."""
+    index = np.repeat(features.astype(np.int32)[:, None], READS, 1)
+    weight = np.zeros((len(features), READS), np.float32)
+    weight[:, 0] = 1.0
+    return index, weight
+
+
+def plan_inverse(
+    plan_index: np.ndarray, plan_weight: np.ndarray, num_patches: int, reads: int = READS
+) -> np.ndarray:
     """For every patch the entries of the plan that read it, so that its gradient is a gather.
 
-    plan_index int32 [p, 4] and plan_weight float32 [p, 4] -> int32 [num_patches, 4] of entries
+    plan_index int32 [p, 4] and plan_weight float32 [p, 4] -> int32 [num_patches, reads] of entries
     slot*4 + c with non-zero weight, in ascending order, filled up with p*4 = none. Raises
-    ValueError if a patch is read more often than 4 times or lies outside 0..num_patches-1.
+    ValueError if a patch is read more often than `reads` times or lies outside 0..num_patches-1.
     """
     entries = np.flatnonzero(plan_weight)
     patches = plan_index.ravel()[entries]
@@ -262,14 +266,15 @@ def plan_inverse(plan_index: np.ndarray, plan_weight: np.ndarray, num_patches: i
         raise ValueError(
             f"the plan reads patches {patches.min()}..{patches.max()} of {num_patches}"
         )
-    reads = np.bincount(patches, minlength=num_patches)
-    if reads.max(initial=0) > READS:
+    counts = np.bincount(patches, minlength=num_patches)
+    if counts.max(initial=0) > reads:
         raise ValueError(
-            f"patch {reads.argmax()} is read {reads.max()} times; a plan may read it {READS} times"
+            f"patch {counts.argmax()} is read {counts.max()} times; a plan may read it {reads} "
+            "times"
         )
     order = np.argsort(patches, kind="stable")
     patches = patches[order]
-    rank = np.arange(len(patches)) - (np.cumsum(reads) - reads)[patches]
-    inverse = np.full((num_patches, READS), plan_weight.size, np.int32)
+    rank = np.arange(len(patches)) - (np.cumsum(counts) - counts)[patches]
+    inverse = np.full((num_patches, reads), plan_weight.size, np.int32)
     inverse[patches, rank] = entries[order]
     return inverse

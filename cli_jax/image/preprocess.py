@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from cli_jax.config import ImageConfig, VisionConfig
-from cli_jax.image.anyres import tile_grid, treatment
+from cli_jax.image.anyres import one_tile_grid, tile_grid, treatment
 from cli_jax.image.errors import ImageError
+from cli_jax.image.extras import NO_EXTRAS, Extras
 
 # Raster formats only. Pillow knows others whose decoders run programs (EPS) or that no data set
 # has; a file is judged by its content and not by its name.
@@ -68,13 +69,19 @@ def _opened(root: str | os.PathLike[str], relpath: str, max_pixels: int) -> Iter
 
 
 def make_tiles(
-    image: Image.Image, image_cfg: ImageConfig, vision_cfg: VisionConfig, *, single: bool
+    image: Image.Image,
+    image_cfg: ImageConfig,
+    vision_cfg: VisionConfig,
+    *,
+    single: bool,
+    extras: Extras = NO_EXTRAS,
 ) -> np.ndarray:
     """The tiles of an RGB picture, in the order of `anyres.layout`: uint8 [m, H, W, 3].
 
     `single`: the sample has one picture. Matches LLaVA-NeXT's `process_anyres_image` and
-    `expand2square`, and CLIP's image processor. Raises ImageError for a picture so elongated that
-    resizing it would need more than `max_pixels` pixels, ValueError for a mode other than RGB.
+    `expand2square`, and CLIP's image processor; the tiles that `extras` adds, DeepStack-VL's.
+    Raises ImageError for a picture so elongated that resizing it would need more than `max_pixels`
+    pixels, ValueError for a mode other than RGB.
     """
     if image.mode != "RGB":
         raise ValueError(f"the picture's mode is {image.mode}: use image.convert('RGB') first")
@@ -82,17 +89,28 @@ def make_tiles(
     how = treatment(image_cfg, single=single)
     if how.kind == "anyres":
         rows, columns = tile_grid(*image.size, image_cfg, vision_cfg)
-        canvas = np.asarray(_fit(image, columns * size, rows * size, limit))
-        tiles = canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
-        base = np.asarray(_resize(image, size, size, limit))  # squashed, not padded
-        return np.concatenate([base[None], tiles.reshape(-1, size, size, 3)])
+        one = _resize(image, size, size, limit)  # squashed, not padded
+        canvas = _fit(image, columns * size, rows * size, limit)
+        return np.concatenate([np.asarray(one)[None], _cut(canvas, size)])
     if how.kind == "crop":
         one = _crop(image, size, limit)
     elif how.kind == "square":
         one = _resize(image, size, size, limit)
     else:
         one = _resize(_expand_to_square(image, image_cfg), size, size, limit)
-    return np.asarray(one)[None]
+    base = np.asarray(one)[None]
+    rows, columns = one_tile_grid(*image.size, how, vision_cfg, extras)
+    if not rows:
+        return base
+    canvas = _resize(image, columns * size, rows * size, limit)  # the whole picture, not padded
+    return np.concatenate([base, _cut(canvas, size)])
+
+
+def _cut(canvas: Image.Image, size: int) -> np.ndarray:
+    """A canvas of whole tiles -> uint8 [m, size, size, 3], row by row."""
+    rows, columns = canvas.height // size, canvas.width // size
+    tiles = np.asarray(canvas).reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+    return tiles.reshape(-1, size, size, 3)
 
 
 def normalize(tiles: np.ndarray, image_cfg: ImageConfig) -> np.ndarray:

@@ -38,11 +38,11 @@ def apply_plan(
     x_BxNxD: jax.Array,
     index_BxPx4: jax.Array,
     weight_BxPx4: jax.Array,
-    inverse_BxNx4: jax.Array,
+    inverse_BxNxR: jax.Array,
 ) -> jax.Array:
     """The gather plan: y[b, p] = sum_c weight[b, p, c] x[b, index[b, p, c]], summed in float32.
 
-    `inverse` lists the entries p*4+c that read each patch with weight (4P = none); see
+    `inverse` lists the at most R entries p*4+c that read each patch with weight (4P = none); see
     `image/anyres.py`. The weights are constants of the picture's size: no gradient flows to them.
     """
     return _weighted_sum(x_BxNxD, index_BxPx4, weight_BxPx4)
@@ -61,13 +61,13 @@ def _apply_plan_forward(x, index, weight, inverse):
 
 
 def _apply_plan_backward(residuals, grad_BxPxD):
-    weight_BxPx4, inverse_BxNx4 = residuals
-    B, N, _ = inverse_BxNx4.shape
+    weight_BxPx4, inverse_BxNxR = residuals
+    B, N, R = inverse_BxNxR.shape
     entries = weight_BxPx4.shape[1] * 4
     flat_BxE = jnp.pad(weight_BxPx4.reshape(B, entries), ((0, 0), (0, 1)))
-    weight_BxNx4 = jnp.take_along_axis(flat_BxE, inverse_BxNx4.reshape(B, N * 4), axis=1)
-    slot_BxNx4 = jnp.minimum(inverse_BxNx4, entries - 1) // 4
-    grad_x = _weighted_sum(grad_BxPxD, slot_BxNx4, weight_BxNx4.reshape(B, N, 4))
+    weight_BxNxR = jnp.take_along_axis(flat_BxE, inverse_BxNxR.reshape(B, N * R), axis=1)
+    slot_BxNxR = jnp.minimum(inverse_BxNxR, entries - 1) // 4
+    grad_x = _weighted_sum(grad_BxPxD, slot_BxNxR, weight_BxNxR.reshape(B, N, R))
     return grad_x, None, None, None
 
 

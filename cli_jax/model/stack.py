@@ -73,13 +73,15 @@ def run(
     points: Sequence[int] = (),
     visit: Body | None = None,
     visits: PyTree = None,
+    add: bool = False,
     remat: str = "none",
 ) -> tuple[PyTree, PyTree]:
     """Runs layers [0, stop) of a stack, calling `visit` before each layer in `points`.
 
     body(carry, layer) -> (carry, None); `layers` is a tree with a leading axis >= stop.
     visit(carry, visits[i]) -> (carry, out); `visits` has a leading axis len(points).
-    Returns the carry and the visits' outputs stacked on axis 0 (None without points). The numbers
+    Returns the carry and the visits' outputs stacked on axis 0 (None without points) or, with
+    `add`, their sum: it is added up on the way, and nothing else of them is kept. The numbers
     depend neither on `unroll` nor on how the points cut the stack into scans. `remat` is what the
     backward pass finds (`remat.py`): with "full" the carry before every layer; a visit and the
     layer behind it are one step then, so that the carry between them is not kept, too.
@@ -112,8 +114,8 @@ def run(
             carry, _ = layer(carry, one_layer)
         return carry, out
 
-    def visit_then_run(carry: PyTree, xs: PyTree, looped: bool) -> tuple[PyTree, PyTree]:
-        one_visit, some_layers = xs
+    def visit_then_run(state: PyTree, xs: PyTree, looped: bool) -> tuple[PyTree, PyTree]:
+        (carry, total), (one_visit, some_layers) = state, xs
         first = jax.tree.map(lambda x: x[0], some_layers)
         if not looped:
             # Backward, the gradients of this step's weights before anything that follows: put off,
@@ -126,9 +128,14 @@ def run(
             length = jax.tree.leaves(rest)[0].shape[0]
             if length:
                 carry, _ = scan(body, carry, rest, length)
-        return carry, out
+        if add:  # not in a rematerialized step, which would keep every sum so far
+            total, out = jax.tree.map(jnp.add, total, out), None
+        return (carry, total), out
 
-    outs, done = [], 0
+    outs, done, total = [], 0, None
+    if add:
+        _, one = jax.eval_shape(visit, carry, jax.tree.map(lambda x: x[0], visits))
+        total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
     for start, size, count in group_visits(points, stop):
         some_layers = None
         if size:
@@ -138,9 +145,13 @@ def run(
             )
         # A loop of one turn is none to the compiler.
         group = functools.partial(visit_then_run, looped=count > 1)
-        carry, out = scan(group, carry, (part(visits, done, done + count), some_layers), count)
+        (carry, total), out = scan(
+            group, (carry, total), (part(visits, done, done + count), some_layers), count
+        )
         outs.append(out)
         done += count
+    if add:
+        return carry, total
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
 
 

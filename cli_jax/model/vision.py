@@ -167,7 +167,7 @@ class VisionEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, layers: tuple[int, ...], stop: int, emit: Emit, xs: Any
+        self, x: jax.Array, layers: tuple[int, ...], stop: int, emit: Emit, xs: Any, add: bool
     ) -> tuple[Any, jax.Array]:
         c = self.config
         kernel = self.compute.attention
@@ -187,6 +187,7 @@ class VisionEncoder(nn.Module):
             points=layers,
             visit=lambda x, own: (x, emit(x[:, patches], own)),
             visits=xs,
+            add=add,
             remat=self.compute.remat,
         )
         return outs, last[:, patches]
@@ -207,13 +208,20 @@ class VisionTower(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tiles: jax.Array, layers: tuple[int, ...], stop: int, emit: Emit, xs: Any = None
+        self,
+        tiles: jax.Array,
+        layers: tuple[int, ...],
+        stop: int,
+        emit: Emit,
+        xs: Any = None,
+        add: bool = False,
     ) -> tuple[Any, jax.Array]:
         """tiles float32 [n, H, W, 3] -> what `emit` makes of the tapped layers, layer `stop`.
 
         emit(hidden state [n, N, V], xs[i]) of the i-th of the ascending `layers`, stacked on axis
-        0; and the hidden state [n, N, V] of layer `stop` (>= layers[-1]). A tapped hidden state is
-        not kept beside its layer's input, so emit what is needed later, not the state itself.
+        0 or, with `add`, summed up on the way, so that only the sum is kept; and the hidden state
+        [n, N, V] of layer `stop` (>= layers[-1]). A tapped hidden state is not kept beside its
+        layer's input, so emit what is needed later, not the state itself.
         """
         c = self.config
         x = VisionEmbeddings(c, self.dtype, self.param_dtype, name="embeddings")(tiles)
@@ -223,4 +231,4 @@ class VisionTower(nn.Module):
         encoder = VisionEncoder(c, self.compute, self.dtype, self.param_dtype, name="encoder")
         if self.is_initializing():
             layer_norm(*norm, name="post_layernorm")(x)
-        return encoder(x, layers, stop, emit, xs)
+        return encoder(x, layers, stop, emit, xs, add)

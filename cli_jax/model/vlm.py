@@ -111,7 +111,13 @@ class VLM(nn.Module):
         return self.look(pixel_values, layers, layers[-1], lambda x, _: x, None)[0]
 
     def look(
-        self, pixel_values: jax.Array, layers: tuple[int, ...], stop: int, emit: Emit, xs: Any
+        self,
+        pixel_values: jax.Array,
+        layers: tuple[int, ...],
+        stop: int,
+        emit: Emit,
+        xs: Any,
+        add: bool = False,
     ) -> tuple[Any, jax.Array]:
         """Tiles uint8 [B, M, H, W, 3] through the tower once (`fusion/base.py` Look)."""
         B, M = pixel_values.shape[:2]
@@ -120,7 +126,9 @@ class VLM(nn.Module):
         def by_row(x_TxNxV: jax.Array) -> jax.Array:
             return x_TxNxV.reshape(B, M * x_TxNxV.shape[1], x_TxNxV.shape[2])
 
-        outs, last = self.vision_tower(tiles, layers, stop, lambda x, own: emit(by_row(x), own), xs)
+        outs, last = self.vision_tower(
+            tiles, layers, stop, lambda x, own: emit(by_row(x), own), xs, add
+        )
         return outs, by_row(last)
 
     def _embed(self, batch: Batch) -> tuple[jax.Array, Injection | None]:
@@ -154,5 +162,6 @@ def build(config: ModelConfig, compute: ComputeConfig, platform: str | None = No
     strategy.vision_layers(config.fusion, config.vision)
     strategy.decoder_layers(config.fusion, config.text)
     routing.of(config).check(config)
+    strategy.extras(config.fusion, config)
     kernel: Any = kernel_for(compute.attention, platform or jax.default_backend())
     return VLM(config, dataclasses.replace(compute, attention=kernel))

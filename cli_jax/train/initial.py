@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from cli_jax import routing
+from cli_jax.fusion import registry
 from cli_jax.hf import load as hf
 from cli_jax.train.checkpoint import FOLDER, CheckpointError, load_params, stored_arrays
 from cli_jax.train.optimizer import init_optimizer, trained
@@ -20,8 +21,8 @@ def init_state(setup: Setup, loaded: Leaves) -> TrainState:
     """The state before the first update, built in its shards by one compiled call.
 
     `loaded`, {path: array in its shards}, is consumed: its buffers become the state's, so the model
-    is never held twice. The other parameters are drawn from `experiment.seed`, but for
-    those that start as copies of others.
+    is never held twice. The other parameters are drawn from `experiment.seed`, but for those that
+    the fusion strategy or the routing declares as copies.
     """
     paths, copies = trained(setup.rates), _copies(setup)
 
@@ -29,7 +30,9 @@ def init_state(setup: Setup, loaded: Leaves) -> TrainState:
         leaves = flatten(setup.init_params(setup.experiment.seed)) | loaded
         for path, (source, layer) in copies.items():
             if path not in loaded:
-                leaves[path] = leaves[source][layer].astype(leaves[path].dtype)
+                whole = leaves[source] if layer is None else leaves[source][layer]
+                whole = jnp.broadcast_to(whole, leaves[path].shape)
+                leaves[path] = whole.astype(leaves[path].dtype)
         params = unflatten(leaves)
         opt_state = init_optimizer(setup.optimizer, split(params, paths)[0])
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
@@ -51,7 +54,7 @@ def load_initial(setup: Setup) -> tuple[Leaves, str]:
         loaded, notes = flatten(found.params), found.notes
     copies = _copies(setup)
     new = [
-        f"{path} (copy of {copies[path][0]}, layer {copies[path][1]})" if path in copies else path
+        f"{path} (copy of {_named(*copies[path])})" if path in copies else path
         for path in flatten(setup.state.params)
         if path not in loaded
     ]
@@ -59,9 +62,17 @@ def load_initial(setup: Setup) -> tuple[Leaves, str]:
     return loaded, "\n".join((sentence, *notes))
 
 
-def _copies(setup: Setup) -> dict[str, tuple[str, int]]:
-    model = setup.experiment.model
-    return routing.of(model).copies(model, flatten(setup.state.params))
+def _copies(setup: Setup) -> dict[str, tuple[str, int | None]]:
+    """{path: (the path it starts as a copy of, the layer of a stack or None)}."""
+    model, paths = setup.experiment.model, flatten(setup.state.params)
+    whole = registry.of(model).copies(model.fusion)
+    return {path: (source, None) for path, source in whole.items() if path in paths} | dict(
+        routing.of(model).copies(model, paths)
+    )
+
+
+def _named(source: str, layer: int | None) -> str:
+    return source if layer is None else f"{source}, layer {layer}"
 
 
 def _from_workdir(setup: Setup, workdir: str) -> Leaves:

@@ -70,6 +70,7 @@ def _open_data(experiment: Experiment) -> pipeline.Loader:
         rows_per_process=rows_per_process(experiment),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        extras=experiment.extras,
         prompt_context=registry.of(model).needs_prompt_context(model.fusion),
         tokenizer=tokenizer,
     )

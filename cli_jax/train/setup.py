@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cli_jax import batch as batch_lib
+from cli_jax.data.collate import Sizes
 from cli_jax.experiment import ConfigError, Experiment
 from cli_jax.parallel.mesh import batch_shards, make_mesh
 from cli_jax.parallel.rules import Rules, batch_sharding, rules_for, shard_params
@@ -63,7 +64,10 @@ def make_setup(experiment: Experiment, devices: Sequence[jax.Device] | None = No
     rules, head_notes = rules_for(experiment.model, mesh)
     check_rows(experiment, mesh)
     platform = mesh.devices.flat[0].platform
-    model = objective.of(experiment).build(experiment, platform)
+    try:
+        model = objective.of(experiment).build(experiment, platform)
+    except ValueError as error:  # layers that this tower or decoder does not have
+        raise ConfigError(str(error)) from error
     batch = _abstract_batch(experiment, batch_sharding(mesh, rules))
     # One row is enough for the parameters' shapes, and no mesh is set while they are traced.
     row = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in batch.items()}
@@ -98,19 +102,11 @@ def check_rows(experiment: Experiment, mesh: Mesh) -> None:
 def _abstract_batch(
     experiment: Experiment, sharding: NamedSharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    data, vision = experiment.data, experiment.model.vision
-    one = batch_lib.empty(
-        rows=1,
-        length=data.row_length,
-        visual=data.visual_per_row,
-        tiles=data.tiles_per_row,
-        images=data.images_per_row,
-        tile_size=vision.image_size,
-        patches=vision.num_patches,
-        text=data.text_per_row,
-    )
+    rows = experiment.data.batch_size
+    sizes = Sizes.from_config(experiment.data, experiment.model.vision, 1, experiment.extras)
+    one = batch_lib.empty(**dataclasses.asdict(sizes))
     return {
-        name: jax.ShapeDtypeStruct((data.batch_size, *x.shape[1:]), x.dtype, sharding=sharding)
+        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)
         for name, x in cast(dict[str, np.ndarray], one).items()
     }
 

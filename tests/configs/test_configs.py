@@ -9,9 +9,10 @@ import jax
 import pytest
 
 from cli_jax import experiment as experiment_lib
+from cli_jax.data.collate import Sizes
 from cli_jax.experiment import ConfigError
 from cli_jax.fusion import registry
-from cli_jax.image.anyres import layout, treatment
+from cli_jax.image.anyres import layout, layout_size, treatment
 from cli_jax.text import check_vocabulary, load_tokenizer
 from cli_jax.train.optimizer import assign_rates
 
@@ -185,6 +186,24 @@ def test_layer_lists_and_words_are_both_accepted():
     for taps in ("every:2", "all", (3, 14, 26)):
         config.fusion.cli.taps = taps
         assert experiment_lib.from_dict(config).model.fusion.taps == taps
+
+
+@pytest.mark.parametrize("strategy", sorted(registry.STRATEGIES))
+@pytest.mark.parametrize("name", NAMES)
+def test_every_strategy_can_take_the_place_of_another(name, strategy):
+    """With `--config.fusion.name` alone: its layers exist and its pictures have room."""
+    config = module(name).get_config()
+    config.lock()
+    config.fusion.name = strategy
+    experiment = experiment_lib.from_dict(config)
+    model, cls = experiment.model, registry.get(strategy)
+    assert cls.vision_layers(model.fusion, model.vision)[-1] <= model.vision.num_hidden_layers
+    cls.decoder_layers(model.fusion, model.text)
+    room = Sizes.from_config(experiment.data, model.vision, 1, experiment.extras).row
+    how = {"single": True, "extras": experiment.extras}
+    tiles, tokens = layout_size(400, 100, model.image, model.vision, **how)
+    assert tiles <= room.tiles
+    assert tokens <= room.visual
 
 
 def test_a_misspelled_key_is_refused():

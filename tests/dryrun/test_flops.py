@@ -39,14 +39,27 @@ def experiment(fusion, scan):
     base = train_tiny.config()
     base["fusion"] = fusion
     base["compute"]["scan_layers"] = scan
-    base["model"]["vision"]["num_hidden_layers"] = 3
+    base["model"]["vision"] |= {"num_hidden_layers": 3, "image_size": 16}  # 16 patches
+    base["data"]["visual_per_row"] = 20
     base["model"]["text"]["num_hidden_layers"] = 4
-    return train_tiny.experiment(**{k: base[k] for k in ("fusion", "compute", "model")})
+    return train_tiny.experiment(**{k: base[k] for k in ("fusion", "compute", "model", "data")})
 
 
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize(
-    "fusion", [{"name": "none"}, {"name": "cli", "cli": {"taps": (1, 3), "inject": (0, 2)}}]
+    "fusion",
+    [
+        {"name": "none"},
+        {"name": "cli", "cli": {"taps": (1, 3), "inject": (0, 2)}},
+        {"name": "sli"},
+        {"name": "layer_concat", "layer_concat": {"layers": (1, 3)}},
+        {"name": "mmfuser", "mmfuser": {"points": 2}},
+        {"name": "deepstack", "deepstack": {"stacks": 3}},
+        {"name": "dense_connector"},
+        {"name": "dense_connector", "dense_connector": {"variant": "sci"}},
+        {"name": "dense_connector", "dense_connector": {"variant": "sti"}},
+    ],
+    ids=lambda fusion: "-".join([fusion["name"], *fusion.get("dense_connector", {}).values()]),
 )
 def test_products_are_those_that_the_program_has(fusion, scan):
     """The tracer sees whole squares of attention and no gather: both are put right here."""
@@ -109,5 +122,5 @@ def test_published_model_has_the_usual_six_flops_a_token_and_weight():
 def test_every_strategy_counts_itself(name):
     model = experiment({"name": name}, True).model
     counted = registry.of(model).flops(model.fusion, model, Row(64, 32, 2))
-    assert counted["projector"] > 0
+    assert counted["fusion" if name == "layer_concat" else "projector"] > 0
     assert set(counted) <= set(flops.PARTS)

@@ -13,6 +13,7 @@ import numpy as np
 from cli_jax.batch import IGNORE, Batch, empty
 from cli_jax.config import ImageConfig, VisionConfig
 from cli_jax.image.anyres import layout
+from cli_jax.image.extras import NO_EXTRAS, Extras
 
 VOCAB = 61
 VISION = VisionConfig(
@@ -43,6 +44,8 @@ class Picture(NamedTuple):
     plan_index: np.ndarray
     plan_weight: np.ndarray
     newline: np.ndarray
+    stack_index: np.ndarray
+    stack_weight: np.ndarray
     start: int  # position of its first token in the sample
     end: int  # e_i: position of the first answer token after it, or the sample's length
 
@@ -53,7 +56,7 @@ class Sample(NamedTuple):
     pictures: list[Picture]
 
 
-def make_sample(rng: np.random.Generator, *turns: Turn) -> Sample:
+def make_sample(rng: np.random.Generator, *turns: Turn, extras: Extras = NO_EXTRAS) -> Sample:
     """Random tokens and pixels in the shape of a conversation."""
     ids, labels, pictures = [], [], []
     for turn in turns:
@@ -61,11 +64,11 @@ def make_sample(rng: np.random.Generator, *turns: Turn) -> Sample:
         for width, height in turn.pictures:
             square = (width, height) == BASE_ONLY
             config = ImageConfig(aspect_ratio="square") if square else IMAGE
-            plan = layout(width or 1, height or 1, config, VISION, single=True)
+            plan = layout(width or 1, height or 1, config, VISION, single=True, extras=extras)
             tiles = rng.integers(0, 256, (plan.num_tiles, 13, 13, 3), np.uint8)
-            waiting.append(
-                Picture(tiles, plan.plan_index, plan.plan_weight, plan.newline, len(ids), -1)
-            )
+            reads = plan.plan_index, plan.plan_weight, plan.newline
+            stacks = plan.stack_index, plan.stack_weight
+            waiting.append(Picture(tiles, *reads, *stacks, len(ids), -1))
             ids += [0] * plan.num_tokens
             labels += [IGNORE] * plan.num_tokens
         question = rng.integers(1, VOCAB, turn.question).tolist()
@@ -77,10 +80,18 @@ def make_sample(rng: np.random.Generator, *turns: Turn) -> Sample:
 
 
 def make_batch(
-    rows: Sequence[Sequence[Sample]], *, length: int, visual: int, tiles: int, images: int
+    rows: Sequence[Sequence[Sample]],
+    *,
+    length: int,
+    visual: int,
+    tiles: int,
+    images: int,
+    pooled: int = 0,
+    stacks: int = 0,
 ) -> Batch:
     """Packs each row's samples one behind the other."""
     N = VISION.num_patches
+    features = N + pooled  # of a tile
     batch = empty(
         rows=len(rows),
         length=length,
@@ -89,6 +100,8 @@ def make_batch(
         images=images,
         tile_size=VISION.image_size,
         patches=N,
+        pooled=pooled,
+        stacks=stacks,
     )
     for b, samples in enumerate(rows):
         at = slot = tile = image = 0
@@ -101,27 +114,34 @@ def make_batch(
             for picture in sample.pictures:
                 batch["pixel_values"][b, tile : tile + len(picture.tiles)] = picture.tiles
                 for j, newline in enumerate(picture.newline):
-                    batch["plan_index"][b, slot] = picture.plan_index[j] + tile * N
+                    batch["plan_index"][b, slot] = picture.plan_index[j] + tile * features
                     batch["plan_weight"][b, slot] = picture.plan_weight[j]
                     batch["visual_newline"][b, slot] = newline
                     batch["visual_image"][b, slot] = image
                     batch["visual_position"][b, slot] = at + picture.start + j
                     batch["visual_index"][b, at + picture.start + j] = slot
                     slot += 1
+                for k in range(stacks):
+                    for n in range(N):
+                        index = picture.stack_index[k, n] + tile * features
+                        batch["stack_index"][b, k, image, n] = index
+                        batch["stack_weight"][b, k, image, n] = picture.stack_weight[k, n]
                 batch["image_segment"][b, image] = segment
                 batch["context_end"][b, image] = at + picture.end
                 tile, image = tile + len(picture.tiles), image + 1
             at += len(sample.ids)
-        batch["plan_inverse"][b] = invert(
-            batch["plan_index"][b], batch["plan_weight"][b], tiles * N
-        )
+        for name in ("plan", "stack"):
+            inverse = batch[f"{name}_inverse"][b]
+            inverse[:] = invert(
+                batch[f"{name}_index"][b], batch[f"{name}_weight"][b], inverse.shape
+            )
     return batch
 
 
-def invert(index: np.ndarray, weight: np.ndarray, patches: int) -> np.ndarray:
+def invert(index: np.ndarray, weight: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The entries slot*4+c of a plan that read each patch with weight."""
-    inverse = np.full((patches, 4), index.size, np.int32)
-    count = np.zeros(patches, int)
+    inverse = np.full(shape, index.size, np.int32)
+    count = np.zeros(shape[0], int)
     for entry, (patch, w) in enumerate(zip(index.ravel(), weight.ravel(), strict=True)):
         if w:
             inverse[patch, count[patch]] = entry

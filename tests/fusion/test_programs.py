@@ -9,11 +9,14 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from cli_jax.fusion.cli import CLIConfig
+from cli_jax.fusion.layer_concat import LayerConcatConfig
+from cli_jax.fusion.sli import SLIConfig
 from cli_jax.model.decoder import Cache
 from tests.fusion import tiny
 
 CONFIG = CLIConfig(taps=(1, 3, 5), inject=(0, 2, 3), rank=4)
 K, B, P, D = 3, 2, tiny.SIZES["visual"], tiny.TEXT.hidden_size
+V = tiny.VISION.hidden_size
 
 
 def shapes(tree):
@@ -104,16 +107,25 @@ def everything(jaxpr):
             yield from everything(inner)
 
 
-@pytest.mark.parametrize(("taps", "kept"), [((1, 3, 5), False), ((1, 3, (4, 5)), True)])
-def test_the_states_of_tapped_layers_are_not_kept(taps, kept):
-    """They become aligned features where they arise. Means of layers have to wait for all."""
-    config = dataclasses.replace(CONFIG, taps=taps)
+@pytest.mark.parametrize(
+    ("config", "width", "kept"),
+    [
+        (CONFIG, D, False),
+        (dataclasses.replace(CONFIG, taps=(1, 3, (4, 5))), D, True),
+        (SLIConfig(taps=(1, 3, 5)), D, False),
+        (SLIConfig(taps=(1, 3, (4, 5))), D, True),
+        (LayerConcatConfig(layers=(1, 3, 5)), V, False),
+    ],
+    ids=["cli", "cli_means", "sli", "sli_means", "layer_concat"],
+)
+def test_the_states_of_tapped_layers_are_not_kept(config, width, kept):
+    """They become features of slots where they arise. Means of layers have to wait for all."""
     m, batch = tiny.model(config, scan_layers=True, remat="full"), tiny.packed()
-    V, patches = tiny.VISION.hidden_size, batch["plan_inverse"].shape[1]
+    patches = batch["plan_inverse"].shape[1]
 
     def total(params):
         return jnp.sum(m.apply({"params": params}, batch).hidden)
 
     traced = jax.make_jaxpr(jax.grad(total))(tiny.redrawn(config))
     assert ((K, B, patches, V) in everything(traced.jaxpr)) == kept
-    assert (K, B, P, D) in everything(traced.jaxpr)
+    assert (K, B, P, width) in everything(traced.jaxpr)

@@ -211,6 +211,7 @@ def abstract_params(config: ModelConfig, param_dtype: str = "float32") -> dict[s
 
 @functools.cache
 def _traced(config: ModelConfig, param_dtype: Any) -> dict[str, Any]:
+    extras = registry.of(config).extras(config.fusion, config)
     batch = batch_lib.empty(
         rows=1,
         length=8,
@@ -219,6 +220,8 @@ def _traced(config: ModelConfig, param_dtype: Any) -> dict[str, Any]:
         images=1,
         tile_size=config.vision.image_size,
         patches=config.vision.num_patches,
+        pooled=extras.pooled,
+        stacks=extras.stacks,
     )
     compute = ComputeConfig(dtype="float32", param_dtype=param_dtype, remat="none")
     init = vlm.build(config, compute).init

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cli_jax.config import ImageConfig, VisionConfig
 from cli_jax.image import anyres
+from cli_jax.image.grid import lerp
 
 GRID = 4  # patches along a side: small enough for dense matrices
 VISION = VisionConfig(image_size=GRID * 10, patch_size=10)
@@ -100,7 +101,7 @@ def test_the_inverse_is_exact_at_full_size(ov):
 
 def test_a_source_read_twice_at_the_border_is_merged():
     """An enlarging plan clamps at both ends; no layout does, but the rule must hold anyway."""
-    sources, weights = anyres._lerp(2, 5)
+    sources, weights = lerp(2, 5)
     np.testing.assert_array_equal(sources[-1], [1, 1])
     np.testing.assert_array_equal(weights[-1], [1, 0])
     np.testing.assert_allclose(weights.sum(1), 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -12,7 +12,9 @@ from cli_jax.batch import IGNORE, Batch
 from cli_jax.config import ModelConfig
 from cli_jax.data.collate import Sizes, collate
 from cli_jax.data.sample import Sample
+from cli_jax.fusion import registry
 from cli_jax.image.anyres import ImageLayout, layout
+from cli_jax.image.extras import Extras
 from cli_jax.image.preprocess import make_tiles
 
 IMAGE = -200  # stands for a whole picture in a prompt's ids
@@ -50,11 +52,18 @@ def prompt(name: str, seed: int, vocab: int, sizes: Sequence[tuple[int, int]]) -
     return Prompt(tuple(ids), tuple(picture(*size, seed + i) for i, size in enumerate(sizes)))
 
 
+def extras_of(config: ModelConfig) -> Extras:
+    return registry.of(config).extras(config.fusion, config)
+
+
+def treatment(prompt: Prompt, config: ModelConfig) -> dict[str, Any]:
+    """How a prompt's pictures are treated, as `layout` and `make_tiles` want to know it."""
+    return {"single": prompt.single, "extras": extras_of(config)}
+
+
 def layouts(prompt: Prompt, config: ModelConfig) -> list[ImageLayout]:
-    return [
-        layout(*image.size, config.image, config.vision, single=prompt.single)
-        for image in prompt.pictures
-    ]
+    how = treatment(prompt, config)
+    return [layout(*image.size, config.image, config.vision, **how) for image in prompt.pictures]
 
 
 def to_sample(name: str, prompt: Prompt, config: ModelConfig, change: Change) -> Sample:
@@ -63,8 +72,9 @@ def to_sample(name: str, prompt: Prompt, config: ModelConfig, change: Change) ->
     tokens = iter([plan.num_tokens for plan in plans])
     ids = np.array([i for t in prompt.ids for i in ([t] * next(tokens) if t == IMAGE else [t])])
     first_tile = np.cumsum([0, *(plan.num_tiles for plan in plans)])[:-1]
-    size, N = config.vision.image_size, config.vision.num_patches
-    none = np.zeros((0, 4))
+    size, N, extras = config.vision.image_size, config.vision.num_patches, extras_of(config)
+    none, no_stacks = np.zeros((0, 4)), np.zeros((extras.stacks, 0, N, 4))
+    before = first_tile * (N + extras.pooled)
     return Sample(
         id=name,
         ids=np.where(ids == IMAGE, 0, ids).astype(np.int32),
@@ -75,19 +85,29 @@ def to_sample(name: str, prompt: Prompt, config: ModelConfig, change: Change) ->
         ),
         visual_newline=np.concatenate([none[:, 0].astype(bool), *(p.newline for p in plans)]),
         plan_index=np.concatenate(
-            [none, *(p.plan_index + t * N for p, t in zip(plans, first_tile, strict=True))]
+            [none, *(p.plan_index + b for p, b in zip(plans, before, strict=True))]
         ).astype(np.int32),
         plan_weight=np.concatenate([none, *(p.plan_weight for p in plans)]).astype(np.float32),
         tiles=np.concatenate(
             [
                 np.zeros((0, size, size, 3), np.uint8),
                 *(
-                    make_tiles(image, config.image, config.vision, single=prompt.single)
+                    make_tiles(image, config.image, config.vision, **treatment(prompt, config))
                     for image in prompt.pictures
                 ),
             ]
         ),
         context_end=np.full(len(plans), len(ids), np.int32),
+        stack_index=np.concatenate(
+            [
+                no_stacks,
+                *(p.stack_index[:, None] + b for p, b in zip(plans, before, strict=True)),
+            ],
+            axis=1,
+        ).astype(np.int32),
+        stack_weight=np.concatenate(
+            [no_stacks, *(p.stack_weight[:, None] for p in plans)], axis=1
+        ).astype(np.float32),
     )
 
 
@@ -125,6 +145,8 @@ def batch_of(
         images=int(used[3]) + 1,
         tile_size=config.vision.image_size,
         patches=config.vision.num_patches,
+        pooled=extras_of(config).pooled,
+        stacks=extras_of(config).stacks,
     )
     places = [
         Place(s.id, b, sum(len(before.ids) for before in row[:i]), len(s.ids))

@@ -1,4 +1,7 @@
-"""Three updates on every shape of an 8-device mesh; prints JSON. Started by test_mesh_shapes.py."""
+"""Three updates on every shape of an 8-device mesh; prints JSON. Started by test_mesh_shapes.py.
+
+mesh_shapes_child.py FOLDER [STRATEGY]: with a fusion strategy's name, that one on one shape only.
+"""
 
 import itertools
 import json
@@ -25,11 +28,15 @@ from tests.train import train_tiny
 
 QUICK = train_tiny.QUICK
 ROWS, PARTS, RATE = 16, 2, 0.05
+STRATEGY = sys.argv[2] if len(sys.argv) > 2 else ""
 
 
 def experiment(**mesh):
     """Any-res pictures, packed rows, all parts of the model, heads for every tensor size."""
     base = train_tiny.config()
+    if STRATEGY:
+        base["fusion"] = {"name": STRATEGY}
+        base["model"]["vision"]["num_hidden_layers"] = 3
     base["model"]["image"] = {
         "aspect_ratio": "anyres_max_4",
         "grid_pinpoints": small.IMAGE.grid_pinpoints,
@@ -38,7 +45,7 @@ def experiment(**mesh):
         "vocab_size": 128,
         "hidden_size": 64,
         "num_attention_heads": 8,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 5 if STRATEGY else 2,
     }
     data = {"row_length": 256, "visual_per_row": 48, "tiles_per_row": 8, "images_per_row": 4}
     base["data"] = data | {"batch_size": ROWS, "labels": "answer_only"}
@@ -55,7 +62,7 @@ def batches(folder: Path, sizes):
     data = small.config(path, batch_size=ROWS)
     loader = make_loader(
         data, sizes.model.image, sizes.model.vision, seed=0, rows_per_process=ROWS,
-        tokenizer=small.tokenizer(),
+        tokenizer=small.tokenizer(), extras=sizes.extras,
     )  # fmt: skip
     found = [dict(next(loader)) for _ in range(3)]
     loader.close()
@@ -66,11 +73,21 @@ def put(setup: Setup, batch):
     return {k: jax.device_put(batch[k], v.sharding) for k, v in setup.batch.items()}
 
 
+def drawn(params):
+    """For one strategy: nothing is left at its initial zero, behind which gradients would be."""
+    if not STRATEGY:
+        return params
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
 def descend(setup: Setup, data):
     """Losses, gradients of the first update and the text of the program, for plain descent."""
     with setup.context():
         params = jax.jit(
-            lambda: setup.init_params(0),
+            lambda: drawn(setup.init_params(0)),
             out_shardings=shardings(setup.state.params),
             compiler_options=QUICK,
         )()
@@ -128,7 +145,7 @@ def main(folder: Path):
     found = {}
     for data_axis, fsdp in itertools.product((1, 2, 4, 8), repeat=2):
         tensor = 8 // (data_axis * fsdp)
-        if tensor == 0:
+        if tensor == 0 or (STRATEGY and (data_axis, fsdp) != (2, 2)):
             continue
         setup = make_setup(experiment(data=data_axis, fsdp=fsdp, tensor=tensor))
         got, first, text = descend(setup, data)

@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from cli_jax.fusion import registry
+
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("mesh_shapes_child.py")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
+    return run_child(tmp_path_factory.mktemp("pictures"))
+
+
+def run_child(folder, *strategy):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "data")])
     done = subprocess.run(
-        [sys.executable, str(CHILD), str(tmp_path_factory.mktemp("pictures"))],
+        [sys.executable, str(CHILD), str(folder), *strategy],
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -48,3 +54,14 @@ def test_copies_of_the_model_reduce_their_gradients_once(found):
 def test_the_any_res_gather_needs_no_communication(found):
     counts = [mesh["gather_collectives"] for mesh in found["meshes"].values()]
     assert [count for count in counts if count is not None] == [0, 0, 0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(registry.STRATEGIES) - {"cli"}))
+def test_every_strategy_trains_on_a_mesh_as_on_one_device(tmp_path, name):
+    """Two copies, each split over two devices by width and over two by heads."""
+    found = run_child(tmp_path, name)
+    (mesh,) = found["meshes"].values()
+    assert mesh["losses"] == pytest.approx(found["losses"], rel=2e-5)
+    assert mesh["gradient_error"] < 2e-4, mesh["worst"]
+    assert found["losses"][2] != pytest.approx(found["losses"][0], rel=1e-3)

@@ -88,7 +88,7 @@ def test_flops_are_those_of_the_program(saturation, layers):
     model = dataclasses.replace(
         case.model(saturation, text=c).config, routing=RoutingConfig("dpvr", saturation)
     )
-    counted = flops.forward(model, Row(L, P, tiny.SIZES["tiles"], Q))
+    counted = flops.forward(model, Row(L, P, tiny.SIZES["tiles"], text=Q))
     pairs = saturation * L**2 + P**2 + (layers - 1 - saturation) * Q**2 + Q * (P + Q)
     halves = 2.0 * pairs * c.num_attention_heads * c.head_dim
     assert sum(counted.values()) + halves == pytest.approx(traced(forward, args) / ROWS, rel=0.01)
@@ -109,7 +109,7 @@ def paper():
 
 def test_what_the_papers_setting_saves():
     plain, routed = paper()
-    row = Row(640, 576, 1, 64)
+    row = Row(640, 576, 1, text=64)
     before, after = (flops.forward(model, row) for model in (plain, routed))
     layer = 640 * 2 * (4 * 4096**2 + 3 * 4096 * 11_008) + 2 * 640**2 * 4096
     assert before["decoder"] == 32 * layer
@@ -123,7 +123,7 @@ def test_what_the_papers_setting_saves():
 def test_an_update_pays_for_what_it_trains():
     """Side branch: weights and inputs; late layer and head: inputs; all else: forward only."""
     _, routed = paper()
-    row = Row(640, 576, 1, 64)
+    row = Row(640, 576, 1, text=64)
     once = flops.forward(routed, row)
     rates = {"routing/side_branch/mlp/up_proj/kernel": 1e-4, "language_model/norm/scale": None}
     step = flops.step(routed, row, 3, rates)
