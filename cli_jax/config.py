@@ -117,3 +117,9 @@ class ModelConfig:
     fusion_name: str
     fusion: Any
     has_newline: bool = True  # LLaVA-1.5 has no image_newline parameter
+    projector_width: int = 0  # of the projector's hidden layer; 0 = the decoder's, as in LLaVA
+
+    @property
+    def projector_hidden(self) -> int:
+        """Width of the projector's hidden layer."""
+        return self.projector_width or self.text.hidden_size

@@ -144,6 +144,7 @@ class Experiment:
     seed: int = 0
     total_steps: int = 1000
     init_from: str = ""  # Hugging Face folder or hub id, converted folder, or a workdir
+    tower_from: str = ""  # of the same kinds, or a .safetensors file: the vision tower only
 
 
 def from_dict(config: Mapping[str, Any]) -> Experiment:
@@ -154,7 +155,8 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
     known = {f.name for f in dataclasses.fields(Experiment)} | {"fusion"}
     _refuse_unknown("config", config, known)
     model, fusion = dict(config["model"]), dict(config["fusion"])
-    _refuse_unknown("config.model", model, {"vision", "text", "image", "has_newline"})
+    scalars_of_model = {"has_newline", "projector_width"}
+    _refuse_unknown("config.model", model, {"vision", "text", "image", *scalars_of_model})
     name = fusion.pop("name")
     _refuse_unknown("config.fusion", fusion, set(registry.STRATEGIES))
     strategy = registry.get(name)
@@ -163,7 +165,8 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
         for f in dataclasses.fields(Experiment)
         if dataclasses.is_dataclass(_hints(Experiment)[f.name]) and f.name != "model"
     }
-    scalars = {k: config[k] for k in ("name", "seed", "total_steps", "init_from") if k in config}
+    names = ("name", "seed", "total_steps", "init_from", "tower_from")
+    scalars = {k: config[k] for k in names if k in config}
     return Experiment(
         model=ModelConfig(
             vision=_build(VisionConfig, model["vision"], "config.model.vision"),
@@ -171,7 +174,7 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
             image=_build(ImageConfig, model["image"], "config.model.image"),
             fusion_name=name,
             fusion=_build(strategy.Config, fusion.get(name, {}), f"config.fusion.{name}"),
-            has_newline=model.get("has_newline", True),
+            **{k: model[k] for k in scalars_of_model if k in model},
         ),
         **sections,
         **scalars,

@@ -177,10 +177,9 @@ def project(x_BxMNxV: jax.Array, batch: dict[str, jax.Array], projector: Project
 
 def project_flops(model: ModelConfig, row: Row) -> float:
     """FLOPs of one `project`: the first map on every patch, the second on every visual slot."""
-    V, D = model.vision.hidden_size, model.text.hidden_size
-    return 2.0 * D * (row.tiles * model.vision.num_patches * V + row.visual * D) + plan_flops(
-        D, row
-    )
+    V, W, D = model.vision.hidden_size, model.projector_hidden, model.text.hidden_size
+    patches = row.tiles * model.vision.num_patches
+    return 2.0 * W * (patches * V + row.visual * D) + plan_flops(W, row)
 
 
 def plan_flops(width: int, row: Row) -> float:

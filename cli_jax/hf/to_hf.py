@@ -48,8 +48,9 @@ def to_hf(
     strategy's parameters, for whoever has the base model.
     """
     checkpoint = open_workdir(where, step)
-    checkpoint.verify(progress=progress)
     model = checkpoint.experiment.model
+    names.check_projector(model)
+    checkpoint.verify(progress=progress)
     tensors, own_arrays = stored_tensors(
         checkpoint.arrays, model.vision, model.text, has_newline=model.has_newline
     )
