@@ -9,6 +9,9 @@ EPILOG = """\
 example
   which vision layers does each decoder layer let in, on the test split of the quick start:
     python analyze.py gates --workdir runs/quick --data val.json --image_root DIR --output out
+  fusion strategies side by side, with equal data, seeds and steps:
+    python analyze.py compare --config configs/compare_small.py --output runs/compare \\
+        --config.data.root=DATA
 """
 
 GATES = """\
@@ -17,9 +20,31 @@ every decoder layer t and vision layer k, overall and per category. Writes gates
 one gates_CATEGORY.png per category. Needs a model with gates and matplotlib (the demo extra).
 """
 
+COMPARE = """\
+Trains every arm of a comparison on the same pictures in the same order, from the same vision tower
+and seeds, for as many steps, asks all of them the same questions and reports what came of it:
+results.md (accuracy over seeds, differences with intervals, categories, parameters, FLOPs, time),
+results.json, and bar charts, learning curves and gates in figures/. Needs matplotlib (the demo
+extra).
+
+The config is an experiment's, as train.py takes it, with a section `compare`: arms, seeds, data
+fractions, encoders, evaluation sets, the steps of both stages, and selections, which choose the
+best of some arms on held-out training pictures. configs/compare_small.py explains itself. Any value
+can be changed with --config.section.name=value.
+
+Before the first run everything is fixed in OUTPUT/protocol.json; under another config, or with
+other data, the folder is refused. Stopped with Ctrl-C or killed, the same command goes on where it
+was: finished runs are left alone, an unfinished one resumes from its checkpoint. Each run's own
+output is in its folder's log.txt.
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "compare":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.changes = rest
     # Imported late, so that --help and wrong options answer at once.
     from cli_jax.analysis.gates import GateError
     from cli_jax.analysis.plots import PlotError
@@ -58,6 +83,26 @@ def _gates(args: argparse.Namespace) -> None:
         print(f"written: {path}")
 
 
+def _compare(args: argparse.Namespace) -> None:
+    from cli_jax.compare.command import compare, redraw
+    from cli_jax.experiment import ConfigError
+    from cli_jax.flag_parser import read_config
+    from cli_jax.parallel.memory import keep_freed_memory
+
+    if args.report_only:
+        if args.config or args.changes:
+            raise ConfigError("--report_only reports what --output holds: give no --config")
+        written = redraw(args.output)
+    else:
+        if not args.config:
+            raise ConfigError("--config is required, e.g. configs/compare_small.py")
+        config = read_config(args.config, args.changes)
+        keep_freed_memory()
+        written = compare(config, args.output)
+    for path in written:
+        print(f"written: {path}")
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -73,6 +118,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     gates.set_defaults(run=_gates)
     _add_run_options(gates)
+
+    compare = commands.add_parser(
+        "compare",
+        help="fusion strategies side by side",
+        description=COMPARE,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    compare.set_defaults(run=_compare)
+    compare.add_argument("--config", help="config file with a section `compare`")
+    compare.add_argument("--output", required=True, help="folder for the runs and the report")
+    compare.add_argument(
+        "--report_only",
+        action="store_true",
+        help="report what is finished in --output, no training",
+    )
     return parser
 
 

@@ -151,7 +151,7 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
     """Builds the experiment from nested mappings; every unknown key is refused."""
     from cli_jax.fusion import registry  # the strategies' configs live with their code
 
-    config = _plain(config)
+    config = plain(config)
     known = {f.name for f in dataclasses.fields(Experiment)} | {"fusion"}
     _refuse_unknown("config", config, known)
     model, fusion = dict(config["model"]), dict(config["fusion"])
@@ -161,7 +161,7 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
     _refuse_unknown("config.fusion", fusion, set(registry.STRATEGIES))
     strategy = registry.get(name)
     sections = {
-        f.name: _build(_hints(Experiment)[f.name], config.get(f.name, {}), f"config.{f.name}")
+        f.name: build(_hints(Experiment)[f.name], config.get(f.name, {}), f"config.{f.name}")
         for f in dataclasses.fields(Experiment)
         if dataclasses.is_dataclass(_hints(Experiment)[f.name]) and f.name != "model"
     }
@@ -169,11 +169,11 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
     scalars = {k: config[k] for k in names if k in config}
     return Experiment(
         model=ModelConfig(
-            vision=_build(VisionConfig, model["vision"], "config.model.vision"),
-            text=_build(TextConfig, model["text"], "config.model.text"),
-            image=_build(ImageConfig, model["image"], "config.model.image"),
+            vision=build(VisionConfig, model["vision"], "config.model.vision"),
+            text=build(TextConfig, model["text"], "config.model.text"),
+            image=build(ImageConfig, model["image"], "config.model.image"),
             fusion_name=name,
-            fusion=_build(strategy.Config, fusion.get(name, {}), f"config.fusion.{name}"),
+            fusion=build(strategy.Config, fusion.get(name, {}), f"config.fusion.{name}"),
             **{k: model[k] for k in scalars_of_model if k in model},
         ),
         **sections,
@@ -226,13 +226,14 @@ def load(workdir: str | Path) -> Experiment:
     return from_dict(json.loads(path.read_text()))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A config's values as dictionaries, lists and scalars."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 
@@ -248,7 +249,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _build(hint: Any, value: Any, where: str) -> Any:
+def build(hint: Any, value: Any, where: str) -> Any:
     """Builds `value` as the annotated type, recursively; refuses wrong types by name."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -265,7 +266,7 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         ]
         if missing:
             raise ConfigError(f"{where} lacks {missing}")
-        built = {k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+        built = {k: build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
         return typing.cast(Any, hint)(**built)
     if origin is Literal:
         if value not in args:
@@ -275,16 +276,16 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where} must be a list, got {value!r}")
         if args[-1] is Ellipsis:
-            return tuple(_build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+            return tuple(build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(args) != len(value):
             raise ConfigError(f"{where} must have {len(args)} entries, got {value!r}")
         return tuple(
-            _build(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+            build(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
     if origin in (types.UnionType, typing.Union):
         for option in args:
             try:
-                return _build(option, value, where)
+                return build(option, value, where)
             except ConfigError:
                 continue
         raise ConfigError(f"{where} must be one of {args}, got {value!r}")

@@ -44,7 +44,7 @@ def heatmap(
     if values.shape != (len(rows), len(columns)):
         raise ValueError(f"{values.shape} values for {len(rows)} rows, {len(columns)} columns")
     low, high = limits or (float(values.min()), float(values.max()))
-    figure = _figure(min(2.6 + 0.45 * len(columns), 7.5), min(1.8 + 0.38 * len(rows), 7.0))
+    figure = new_figure(min(2.6 + 0.45 * len(columns), 7.5), min(1.8 + 0.38 * len(rows), 7.0))
     axes = figure.add_subplot()
     image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
     figure.suptitle(title, fontsize=9, wrap=True)
@@ -60,7 +60,7 @@ def heatmap(
             axes.text(
                 column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7
             )
-    _save(figure, path)
+    save(figure, path)
 
 
 def loss_curve(metrics: epath.PathLike, path: epath.PathLike) -> None:
@@ -78,7 +78,7 @@ def loss_curve(metrics: epath.PathLike, path: epath.PathLike) -> None:
         raise PlotError(f"{metrics} holds no line with step and loss")
     steps = np.array(sorted(points))
     losses = np.array([points[step] for step in steps])
-    figure = _figure(5.0, 3.2)
+    figure = new_figure(5.0, 3.2)
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="0.75", linewidth=0.8, label="logged")
     axes.plot(steps, smooth(losses), color="tab:blue", linewidth=1.6, label="smoothed")
@@ -87,7 +87,7 @@ def loss_curve(metrics: epath.PathLike, path: epath.PathLike) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -108,13 +108,14 @@ def _ticks(labels: Sequence[str]) -> tuple[list[int], list[str]]:
     return index, [labels[i] for i in index]
 
 
-def _save(figure: Any, path: epath.PathLike) -> None:
+def save(figure: Any, path: epath.PathLike) -> None:
+    """Writes a figure as PNG."""
     png = io.BytesIO()
     figure.savefig(png, dpi=DPI, format="png")
     epath.Path(path).write_bytes(png.getvalue())
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure in inches, drawn without a display and without matplotlib's global state."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg

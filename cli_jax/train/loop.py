@@ -46,11 +46,14 @@ class Result(NamedTuple):
     complete: bool
 
 
-def train(experiment: Experiment, workdir: str, data: Any) -> Result:
+def train(
+    experiment: Experiment, workdir: str, data: Any, watchers: tuple[Finished, ...] = ()
+) -> Result:
     """Trains to `experiment.total_steps`, from the newest checkpoint in `workdir` if there is one.
 
     `data` iterates over this process's rows of each batch and can be saved (`get_state`,
-    `set_state`). Raises `TrainingError` on a loss that is not finite.
+    `set_state`); `watchers` are told of every finished update. Raises `TrainingError` on a loss
+    that is not finite.
     """
     folder, revision = prepare(workdir), git_revision()
     total, settings = experiment.total_steps, experiment.log
@@ -74,7 +77,7 @@ def train(experiment: Experiment, workdir: str, data: Any) -> Result:
         stack.callback(profile.close)
         goodput.begin(first)
         watchdog = stack.enter_context(Watchdog(settings.stall_seconds, first))
-        finished = (log.done, goodput.done, profile.done, watchdog.done)
+        finished = (log.done, goodput.done, profile.done, watchdog.done, *watchers)
         pending: tuple[int, Any] | None = None
         while step < total and not interrupt.requested(step):
             with goodput.spent("data"):

@@ -32,7 +32,7 @@ def run(experiment: Experiment, workdir: str) -> bool:
     if demo.prepare(experiment.data):
         say(f"made the data set {experiment.data.prepare!r} in {experiment.data.root}")
     _check_eval(experiment)
-    with contextlib.closing(_open_data(experiment)) as data:
+    with contextlib.closing(open_data(experiment)) as data:
         result = train(experiment, workdir, data)
         books = pipeline.report(data.get_state())
     say(
@@ -52,7 +52,8 @@ def run(experiment: Experiment, workdir: str) -> bool:
     return True
 
 
-def _open_data(experiment: Experiment) -> pipeline.Loader:
+def open_data(experiment: Experiment) -> pipeline.Loader:
+    """This process's batches of a located experiment, in the order of its seed; close it."""
     model = experiment.model
     tokenizer = load_tokenizer(experiment.data.tokenizer)
     check_vocabulary(tokenizer, model.text.vocab_size)

@@ -1,4 +1,4 @@
-"""A projector of its own width has no form in Hugging Face's formats: refused in both directions."""
+"""A projector of its own width has no Hugging Face format: refused in both directions."""
 
 import dataclasses
 
