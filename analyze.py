@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 EPILOG = """\
 example
@@ -84,6 +85,8 @@ def _gates(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    import jax
+
     from cli_jax.compare.command import compare, redraw
     from cli_jax.experiment import ConfigError
     from cli_jax.flag_parser import read_config
@@ -98,6 +101,9 @@ def _compare(args: argparse.Namespace) -> None:
             raise ConfigError("--config is required, e.g. configs/compare_small.py")
         config = read_config(args.config, args.changes)
         keep_freed_memory()
+        if not jax.config.values["jax_compilation_cache_dir"]:  # seeds share programs
+            cache = Path(args.output).absolute() / "compiled"
+            jax.config.update("jax_compilation_cache_dir", str(cache))
         written = compare(config, args.output)
     for path in written:
         print(f"written: {path}")

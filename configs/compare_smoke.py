@@ -11,22 +11,30 @@ Expected result: a report in runs/compare_smoke/results.md.
 
 from ml_collections import ConfigDict
 
-from configs import arms, common, quickstart
+from configs import arms, common, models, quickstart
 
 
 def get_config() -> ConfigDict:
     config = quickstart.get_config()
     config.name = "compare_smoke"
+    common.set_model(
+        config,
+        models.small_tower(image_size=64, patch_size=32, width=64, layers=2),
+        models.small_decoder(width=64, layers=2),
+        {},
+    )
+    config.data.batch_size = 32
+    config.log.every = 5
     config.eval.path = ""
     config.compare = ConfigDict(
         {
             "arms": (
                 arms.arm("none", "none"),
                 arms.arm("cli", "cli"),
-                *arms.single_layers((1, 2)),
+                *arms.single_layers((1,)),
             ),
             "baseline": "none",
-            "select": (arms.best_single_layer("none", "layer_1", "layer_2"),),
+            "select": (arms.best_single_layer("none", "layer_1"),),
             "evals": ({"name": "test", "path": "test.json"},),
             "encoders": ({"name": "scratch"},),
             "seeds": (0, 1),
@@ -34,7 +42,7 @@ def get_config() -> ConfigDict:
             "held_out": {"share": 0.05, "questions": 1, "together": ""},
             "split_seed": 0,
             "stage1": {
-                "steps": 20,
+                "steps": 10,
                 "changes": {
                     "optimizer": {
                         "groups": common.train_only(
@@ -43,8 +51,8 @@ def get_config() -> ConfigDict:
                     }
                 },
             },
-            "stage2": {"steps": 60, "changes": {}},
-            "eval_every": 30,
+            "stage2": {"steps": 40, "changes": {}},
+            "eval_every": 20,
             "draws": 2000,
         }
     )

@@ -24,7 +24,7 @@ _BLUE, _GRAY, _ORANGE = "tab:blue", "0.6", "tab:orange"
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """Of one row of the table: by stage and seed the training loss, by seed the held-out curve."""
+    """Of one arm: by stage and seed the training loss, by seed the held-out curve."""
 
     label: str
     losses: dict[str, list[Points]]
@@ -40,7 +40,10 @@ def accuracy_bars(rows: Sequence[Json], name: str, baseline: str, path: Path) ->
     left, right = drawn.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [1.25, 1]})
     means = np.array([100 * each["mean"] for each in found])
     spans = 100 * np.array([each["interval"] for each in found]).T
-    colors = [_GRAY if row["arm"] == baseline == row["label"] else _BLUE for row in rows]
+    kinds = {True: _BLUE, False: _ORANGE}  # an arm, or what a selection has chosen
+    colors = [
+        _GRAY if row["label"] == baseline else kinds[row["label"] == row["arm"]] for row in rows
+    ]
     left.barh(y, means, color=colors, alpha=0.75, height=0.62)
     errors = np.abs(spans - means)
     left.errorbar(means, y, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=3)
@@ -62,6 +65,8 @@ def accuracy_bars(rows: Sequence[Json], name: str, baseline: str, path: Path) ->
                 mean, at, xerr=[[mean - low], [high - mean]], fmt="o", markersize=4, capsize=3,
                 color=_BLUE if sure else _GRAY,
             )  # fmt: skip
+    least = max(1.0, *np.abs(right.get_xlim()))
+    right.set_xlim(-least, least)
     right.set_xlabel(f"difference to {baseline}, points")
     right.set_title("95% interval; gray: holds 0", fontsize=8, color="0.35")
     for axes in (left, right):
@@ -114,10 +119,15 @@ def learning_curves(curves: Sequence[Curves], path: Path) -> None:
 
 
 def read_curves(comparison: Comparison, folder: Path, cell: Json) -> list[Curves]:
-    """The curves of a cell's rows, from the runs' metrics.jsonl and held-out results."""
-    found, settings = [], comparison.settings
+    """The curves of a cell's arms, from the runs' metrics.jsonl and held-out results."""
+    found: list[Curves] = []
+    drawn: set[str] = set()
+    settings = comparison.settings
     steps = [*range(settings.eval_every, settings.stage2.steps, settings.eval_every or 1)]
     for row in cell["rows"]:
+        if row["arm"] in drawn:  # a selection chose an arm that has a row of its own
+            continue
+        drawn.add(row["arm"])
         runs = [Run(cell["encoder"], cell["fraction"], s, row["arm"]) for s in row["seeds"]]
         losses = {
             stage: [
@@ -153,9 +163,9 @@ def _draw_seeds(axes: Any, seeds: list[Points], label: str, color: Any, smoothed
         values_SxN = np.stack([smooth(values_N) for values_N in values_SxN])
     for values_N in values_SxN if len(seeds) > 1 else ():
         axes.plot(steps, values_N, color=color, linewidth=0.6, alpha=0.35)
-    marker = "" if smoothed else "o"
+    marker = None if smoothed else "o"
     mean_N = values_SxN.mean(axis=0)
-    axes.plot(steps, mean_N, marker, ls="-", color=color, linewidth=1.5, markersize=3, label=label)
+    axes.plot(steps, mean_N, marker=marker, color=color, linewidth=1.5, markersize=3, label=label)
 
 
 def _colors(count: int) -> list[Any]:

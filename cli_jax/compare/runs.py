@@ -21,6 +21,7 @@ from cli_jax.analysis.gates import analyze_gates
 from cli_jax.compare.config import CompareConfig, Comparison, StageConfig
 from cli_jax.compare.progress import Progress
 from cli_jax.compare.splits import HELD_OUT, eval_file, train_sources
+from cli_jax.data import DataError
 from cli_jax.dryrun import flops
 from cli_jax.evaluate.report import write_results
 from cli_jax.evaluate.run import evaluate
@@ -47,7 +48,7 @@ class Run:
     arm: str
 
     def __str__(self) -> str:
-        return f"{self.arm}, seed {self.seed} ({self.encoder}, {self.fraction:g} of the data)"
+        return f"{self.arm}, seed {self.seed}, {self.encoder}, {self.fraction:.0%} of the data"
 
     def folder(self, root: Path) -> Path:
         return root / "runs" / self.encoder / f"{self.fraction:g}" / self.arm / f"seed_{self.seed}"
@@ -112,6 +113,7 @@ def train_stage(workdir: Path, experiment: Experiment, progress: Progress) -> No
     with logged(workdir.parent), contextlib.closing(open_data(experiment)) as data:
         result = train(experiment, str(workdir), data, watchers=(progress.done,))
     if not result.complete:
+        progress.say("stopped and saved: the same command goes on from there")
         raise KeyboardInterrupt
     write_results(epath.Path(workdir / TRAINED), _cost(result, workdir))
 
@@ -174,7 +176,7 @@ def _evaluate(
     opened: Any, comparison: Comparison, root: Path, name: str, workdir: Path, file: str
 ) -> None:
     path, image_root = eval_file(comparison, root, name)
-    evaluate(
+    results = evaluate(
         opened.model,
         opened.params,
         opened.experiment,
@@ -184,6 +186,10 @@ def _evaluate(
         step=opened.step,
         name=file,
     )
+    bad = results["bad_rows"]
+    if len(bad) == results["overall"]["n"]:
+        (workdir / file).unlink()
+        raise DataError(f"no question of {path} can be asked: {bad[0]['reason']}")
 
 
 @contextlib.contextmanager

@@ -231,7 +231,7 @@ def _pictures(row: Mapping[str, Any], root: str) -> list[str]:
 
 
 def _held_out_questions(comparison: Comparison, units: list[Unit]) -> Iterable[Row]:
-    """Every question of the held-out rows, or some of each, as a row with absolute pictures."""
+    """Every question of the held-out rows, or some of each, as a row; pictures below /."""
     held_out, sources = comparison.settings.held_out, comparison.base.data.train
     rng = np.random.default_rng([comparison.settings.split_seed, 1])
     for unit in units:
@@ -241,10 +241,10 @@ def _held_out_questions(comparison: Comparison, units: list[Unit]) -> Iterable[R
                 found = exchanges(row.get("conversations"), len(pictures))
             except ConversationError:
                 continue
-            chosen = range(len(found))
-            if 0 < held_out.questions < len(found):
-                chosen = sorted(rng.choice(len(found), held_out.questions, replace=False))
-            image = {"image": pictures if len(pictures) > 1 else pictures[0]} if pictures else {}
+            wanted = min(held_out.questions or len(found), len(found))
+            chosen = sorted(rng.choice(len(found), wanted, replace=False))
+            paths = [os.path.relpath(picture, "/") for picture in pictures]
+            image = {"image": paths if len(paths) > 1 else paths[0]} if paths else {}
             for i in chosen:
                 yield {
                     "id": f"{row.get('id', '')}#{i}",

@@ -43,7 +43,7 @@ def _header(results: Json) -> str:
         f"{results['batch_size']} rows. Seeds: {', '.join(map(str, results['seeds']))}. "
         f"Held-out training pictures: {held_out:,}.",
         f"Fixed beforehand in protocol.json, {results['protocol'][:12]}; code "
-        f"{', '.join(revision[:12] for revision in results['revisions'])}.",
+        f"{', '.join(results['revisions'])}.",
     ]
     if len(results["revisions"]) > 1:
         lines.append("**The code changed between runs: they are not strictly comparable.**")
@@ -126,7 +126,7 @@ def _category_table(rows: Sequence[Json], name: str) -> str:
 
 def _changes_table(rows: Sequence[Json]) -> str:
     body = [[row["label"], f"`{json.dumps(row['changes'])}`"] for row in rows]
-    return _table(["arm", "changes of the base config"], body)
+    return _table(["arm", "changes of the base config"], body, numbers=False)
 
 
 def _mean(found: Json) -> str:
@@ -141,8 +141,8 @@ def _difference(found: Json | None) -> str:
     return f"{percent(found['mean'], sign=True)} [{low}, {high}]"
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
+    rule = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
     rows = (head, rule, *body)
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
