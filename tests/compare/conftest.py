@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 from compare_tiny import config, write_data
 
@@ -10,16 +12,26 @@ from cli_jax.compare.command import compare
 from cli_jax.data.pipeline import Loader
 from cli_jax.evaluate import run as evaluate_run
 from cli_jax.generate.engine import Generator
-from cli_jax.train import loop
+from cli_jax.train import initial, loop
+from cli_jax.train.state import unflatten
 from cli_jax.train.step import lower_step
 from tests.train import train_tiny
 
 
 class Programs:
-    """Compiles what differs only in seeds and places once, for all tests of a session."""
+    """Compiles what differs only in seeds and places once, for all tests of a module."""
 
     def __init__(self):
-        self.steps, self.generators = {}, {}
+        self.steps, self.generators, self.states = {}, {}, {}
+
+    def init_state(self, setup, loaded):
+        e = setup.experiment
+        key = e.model, e.optimizer, None if loaded else e.seed
+        if key not in self.states:
+            given = jax.tree.map(jnp.copy, loaded)  # it will be consumed
+            self.states[key] = initial.init_state(setup, given)
+        state = jax.tree.map(jnp.copy, self.states[key])
+        return state.replace(params=unflatten(loaded)) if loaded else state
 
     def compile_step(self, setup):
         e = setup.experiment
@@ -36,17 +48,20 @@ class Programs:
         return self.generators[key]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def quick():
-    """Patches that last for the session: the programs above."""
+    """Patches: the programs above, and little optimization of whatever else is compiled."""
     programs = Programs()
+    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "compile_step", programs.compile_step)
+        patch.setattr(loop, "init_state", programs.init_state)
         patch.setattr(evaluate_run, "Generator", programs.generator)
         yield programs
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
 
@@ -59,7 +74,7 @@ class Finished:
     batches: dict
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(data, quick, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out") / "whole"
     batches, current = {}, []
