@@ -33,6 +33,7 @@ def read_config(path: str, changes: Sequence[str]) -> ConfigDict:
         left = values(argv)
         if left[1:]:
             raise ConfigError(f"unknown arguments: {' '.join(left[1:])}")
+        values.config.lock()  # raises if the file could not be read
         return values.config
     except (AttributeError, KeyError) as error:
         raise ConfigError(_unknown_name(error)) from None

@@ -27,6 +27,7 @@ from cli_jax.compare.runs import (
 from cli_jax.compare.splits import HELD_OUT
 from cli_jax.compare.summary import choose
 from cli_jax.evaluate.output import writable_folder
+from cli_jax.experiment import ConfigError
 from cli_jax.train.setup import make_setup
 
 
@@ -112,5 +113,9 @@ def _check_setups(comparison: Comparison) -> None:
     settings = comparison.settings
     for arm in settings.arms:
         for stage in (settings.stage1, settings.stage2):
-            if stage.steps:
+            if not stage.steps:
+                continue
+            try:
                 make_setup(comparison.experiment(arm.name, stage))
+            except ValueError as error:  # e.g. a layer that the towers do not have
+                raise ConfigError(f"config.compare: the arm {arm.name!r}: {error}") from error

@@ -226,7 +226,10 @@ def _check_arm(comparison: Comparison, arm: ArmConfig) -> None:
                 f"may change {list(allowed)}"
             )
     for stage in (c.stage1, c.stage2):
-        built = comparison.experiment(arm.name, stage)
+        try:
+            built = comparison.experiment(arm.name, stage)
+        except ValueError as error:  # of the strategy's registry or config
+            raise ConfigError(f"config.compare: the arm {arm.name!r}: {error}") from error
         for part in ("vision", "text", "image", "has_newline"):
             if getattr(built.model, part) != getattr(comparison.base.model, part):
                 raise ConfigError(
