@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
                 *arms.single_layers(LAYERS),
             ),
             "baseline": "none",
-            "select": (arms.best_single_layer("none", *(f"layer_{k}" for k in LAYERS)),),
+            "select": (arms.best_single_layer(*(f"layer_{k}" for k in LAYERS), "none"),),
             "evals": ({"name": "val", "path": "val.json"},),
             "encoders": ({"name": "scratch"},),
             "seeds": (0, 1, 2),

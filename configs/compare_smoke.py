@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
                 *arms.single_layers((1,)),
             ),
             "baseline": "none",
-            "select": (arms.best_single_layer("none", "layer_1"),),
+            "select": (arms.best_single_layer("layer_1", "none"),),
             "evals": ({"name": "test", "path": "test.json"},),
             "encoders": ({"name": "scratch"},),
             "seeds": (0, 1),
