@@ -81,7 +81,7 @@ class HeldOutConfig:
     share: float = 0.1
     questions: int = 0  # at most so many of a picture, drawn once; 0 = all
     # Pictures whose paths match this regular expression in the same text stay together, e.g.
-    # variants of one scene; empty: every picture is on its own.
+    # variants of one scene, and the bootstrap draws them as one; empty: each is on its own.
     together: str = ""
 
 

@@ -54,17 +54,25 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Noted:
-    """The pictures and the category of every question of a file, so that reports need no data."""
+    """The pictures and the category of every question of a file, so that reports need no data.
+
+    Pictures that `together` matches in the same text are one to the bootstrap.
+    """
 
     pictures: list[list[str]]
     categories: list[str]
+    together: re.Pattern[str] | None
 
     def all(self) -> set[str]:
         return {picture for each in self.pictures for picture in each}
 
     def names(self) -> list[str]:
-        """What each question is about: questions about the same pictures have the same name."""
-        return [" ".join(each) or f"question {i}" for i, each in enumerate(self.pictures)]
+        """What each question is about: the same name for the same pictures, or variants of them."""
+        names = []
+        for i, each in enumerate(self.pictures):
+            found = self.together.search(each[0]) if self.together and each else None
+            names.append(found[0] if found else " ".join(each) or f"question {i}")
+        return names
 
     def text(self) -> str:
         return json.dumps({"pictures": self.names(), "categories": self.categories})
@@ -72,7 +80,7 @@ class Noted:
     def report(self) -> dict[str, Any]:
         return {
             "questions": len(self.pictures),
-            "pictures": len(set(self.names())),
+            "pictures": len(self.all()),
             "categories": sorted(set(self.categories)),
         }
 
@@ -92,7 +100,8 @@ def cut(comparison: Comparison) -> Splits:
     """
     settings, data = comparison.settings, comparison.base.data
     rows, unreadable = _read(comparison)
-    units = _units(rows, [root_of(source) for source in data.train], settings.held_out.together)
+    together = _compiled(settings.held_out.together)
+    units = _units(rows, [root_of(source) for source in data.train], together)
     order = np.random.default_rng(settings.split_seed).permutation(len(units))
     held = round(settings.held_out.share * len(units))
     held_out, rest = ([units[i] for i in part] for part in (order[:held], order[held:]))
@@ -122,7 +131,9 @@ def cut(comparison: Comparison) -> Splits:
     if held_out:
         asked = list(_held_out_questions(comparison, held_out))
         files[HELD_OUT_FILE] = _lines(asked)
-        noted = Noted([_pictures(row, "/") for row in asked], [row["category"] for row in asked])
+        noted = Noted(
+            [_pictures(row, "/") for row in asked], [row["category"] for row in asked], together
+        )
         files[noted_name(HELD_OUT)] = noted.text()
         report["evals"][HELD_OUT] = noted.report() | {"sha256": sha256(_lines(asked).encode())}
     seen = pictures_in(units)
@@ -132,6 +143,7 @@ def cut(comparison: Comparison) -> Splits:
         noted = Noted(
             [_pictures({"image": list(question.images)}, root) for question in questions],
             [question.category for question in questions],
+            together,
         )
         if shared := seen & noted.all():
             raise ConfigError(
@@ -201,20 +213,26 @@ def _read(comparison: Comparison) -> tuple[list[tuple[int, Row]], int]:
     return rows, unreadable
 
 
-def _units(rows: list[tuple[int, Row]], roots: list[str], together: str) -> list[Unit]:
-    found: dict[tuple[str, ...], Unit] = {}
+def _compiled(together: str) -> re.Pattern[str] | None:
     try:
-        pattern = re.compile(together) if together else None
+        return re.compile(together) if together else None
     except re.error as error:
         raise ConfigError(f"config.compare.held_out.together: {together!r}: {error}") from None
+
+
+def _units(
+    rows: list[tuple[int, Row]], roots: list[str], together: re.Pattern[str] | None
+) -> list[Unit]:
+    found: dict[tuple[str, ...], Unit] = {}
     for place, (number, row) in enumerate(rows):
         pictures = _pictures(row, roots[number])
         key = tuple(pictures) or (str(place),)
-        if pattern and pictures:
-            matched = pattern.search(pictures[0])
+        if together and pictures:
+            matched = together.search(pictures[0])
             if not matched:
                 raise ConfigError(
-                    f"config.compare.held_out.together={together!r} does not match {pictures[0]}"
+                    f"config.compare.held_out.together={together.pattern!r} does not match "
+                    f"{pictures[0]}"
                 )
             key = (matched[0],)
         unit = found.setdefault(key, Unit([], set()))

@@ -147,7 +147,7 @@ def _scores(answers: Answers, pair: tuple[Answers, Answers] | None, draws: int) 
         _, low, high = interval(correct_SxQ, pictures, draws=draws)
         found = _spread(correct_SxQ.mean(axis=1).tolist()) | {
             "questions": len(pictures),
-            "pictures": len(set(pictures)),
+            "resampled": len(set(pictures)),
             "interval": [low, high],
             "difference": None,
         }

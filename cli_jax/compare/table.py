@@ -11,8 +11,9 @@ Json = dict[str, Any]
 _NOTES = """\
 ± is the standard deviation over seeds. A difference is arm - {baseline} on the same questions, in \
 percentage points, with a 95% interval from {draws:,} bootstrap draws that resample seeds and \
-pictures (not questions). With few seeds such intervals are too narrow, and with one they say \
-nothing about seeds. Where the interval holds 0, no difference was shown.
+pictures (not questions; variants of a scene as one). With few seeds such intervals are too \
+narrow, and with one they say nothing about seeds. Where the interval holds 0, no difference was \
+shown.
 
 FLOPs are those of one row's forward pass, counted from shapes (cli_jax/dryrun/flops.py); time is \
 the median of stage 2's updates, waiting for data included, runs one after another on {devices}."""

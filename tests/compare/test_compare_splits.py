@@ -78,6 +78,9 @@ def test_variants_of_a_scene_stay_together(data, tmp_path):
     ]
     assert not parts[0] & parts[1]
     assert len(rows(found, "train_0.5_0.jsonl")) == 2 * len(parts[0])
+    # 6 val pictures of 3 scenes are 3 things to draw.
+    assert found.report["evals"]["val"]["pictures"] == 6
+    assert len(set(json.loads(found.files["val_pictures.json"])["pictures"])) == 3
     with pytest.raises(ConfigError, match=r"together='meter' does not match"):
         cut(data, tmp_path, held_out={"share": 0.3, "together": "meter"})
 

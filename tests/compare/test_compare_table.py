@@ -80,7 +80,7 @@ def test_the_numbers(folder):
     assert cli["difference"] == interval(differences, pictures, draws=200)._asdict()
     assert cli["categories"]["count"]["difference"]["mean"] == pytest.approx(2 / 12)
     assert cli["categories"]["color"]["by_seed"] == [1.0, 1 / 6]
-    assert (cli["questions"], cli["pictures"]) == (12, 6)
+    assert (cli["questions"], cli["resampled"]) == (12, 6)
     colors = rows["cli"]["sets"]["colors"]
     assert colors["questions"] == 6
     assert colors["by_seed"] == [1.0, 1 / 6]
