@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ examples, on the test split of the quick start; files are written to the folder 
     python analyze.py attention --workdir runs/quick --data val.json --image_root DIR --output out
   from which layer of a pretrained vision tower can colors, shapes, sizes or digits be read?
     python analyze.py probe --workdir runs/pretrain_nlvr --output runs/pretrain_nlvr/probe
+  fusion strategies side by side, with equal data, seeds and steps:
+    python analyze.py compare --config configs/compare_small.py --output runs/compare \\
+        --config.data.root=DATA
 """
 
 GATES = """\
@@ -52,9 +56,31 @@ pixels and the commonest answer. Writes probe.npz and probe.png, and prints the 
 matplotlib (the demo extra).
 """
 
+COMPARE = """\
+Trains every arm of a comparison on the same pictures in the same order, from the same vision tower
+and seeds, for as many steps, asks all of them the same questions and reports what came of it:
+results.md (accuracy over seeds, differences with intervals, categories, parameters, FLOPs, time),
+results.json, and bar charts, learning curves and gates in figures/. Needs matplotlib (the demo
+extra).
+
+The config is an experiment's, as train.py takes it, with a section `compare`: arms, seeds, data
+fractions, encoders, evaluation sets, the steps of both stages, and selections, which choose the
+best of some arms on held-out training pictures. configs/compare_small.py explains itself. Any value
+can be changed with --config.section.name=value.
+
+Before the first run everything is fixed in OUTPUT/protocol.json; under another config, or with
+other data, the folder is refused. Stopped with Ctrl-C or killed, the same command goes on where it
+was: finished runs are left alone, an unfinished one resumes from its checkpoint. Each run's own
+output is in its folder's log.txt.
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "compare":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.changes = rest
     # Imported late, so that --help and wrong options answer at once.
     from cli_jax.analysis.plots import PlotError
     from cli_jax.train.errors import EXPECTED
@@ -119,6 +145,31 @@ def _probe(args: argparse.Namespace) -> None:
     print(probe(args.workdir, args.output, args.step).table())
 
 
+def _compare(args: argparse.Namespace) -> None:
+    import jax
+
+    from cli_jax.compare.command import compare, redraw
+    from cli_jax.experiment import ConfigError
+    from cli_jax.flag_parser import read_config
+    from cli_jax.parallel.memory import keep_freed_memory
+
+    if args.report_only:
+        if args.config or args.changes:
+            raise ConfigError("--report_only reports what --output holds: give no --config")
+        written = redraw(args.output)
+    else:
+        if not args.config:
+            raise ConfigError("--config is required, e.g. configs/compare_small.py")
+        config = read_config(args.config, args.changes)
+        keep_freed_memory()
+        if not jax.config.values["jax_compilation_cache_dir"]:  # seeds share programs
+            cache = Path(args.output).absolute() / "compiled"
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+        written = compare(config, args.output)
+    for path in written:
+        print(f"written: {path}")
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -145,6 +196,16 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--workdir", required=True, help="folder that train.py has written")
     probe.add_argument("--output", required=True, help="folder for what is written")
     probe.add_argument("--step", type=_at_least(0), help="checkpoint (default: the newest)")
+
+    compare = add("compare", _compare, "fusion strategies side by side", COMPARE)
+    compare.allow_abbrev = False
+    compare.add_argument("--config", help="config file with a section `compare`")
+    compare.add_argument("--output", required=True, help="folder for the runs and the report")
+    compare.add_argument(
+        "--report_only",
+        action="store_true",
+        help="report what is finished in --output, no training",
+    )
     return parser
 
 

@@ -134,3 +134,9 @@ class ModelConfig:
     fusion: Any
     has_newline: bool = True  # LLaVA-1.5 has no image_newline parameter
     routing: RoutingConfig = RoutingConfig()
+    projector_width: int = 0  # of the projector's hidden layer; 0 = the decoder's, as in LLaVA
+
+    @property
+    def projector_hidden(self) -> int:
+        """Width of the projector's hidden layer."""
+        return self.projector_width or self.text.hidden_size

@@ -150,6 +150,7 @@ class Experiment:
     seed: int = 0
     total_steps: int = 1000
     init_from: str = ""  # Hugging Face folder or hub id, converted folder, or a workdir
+    tower_from: str = ""  # of the same kinds, or a .safetensors file: the vision tower only
 
     @property
     def extras(self) -> Extras:
@@ -167,33 +168,34 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
     from cli_jax import routing
     from cli_jax.fusion import registry  # the strategies' configs live with their code
 
-    config = _plain(config)
+    config = plain(config)
     known = {f.name for f in dataclasses.fields(Experiment)} | {"fusion", "routing"}
     _refuse_unknown("config", config, known)
     model, fusion = dict(config["model"]), dict(config["fusion"])
-    _refuse_unknown("config.model", model, {"vision", "text", "image", "has_newline"})
+    scalars_of_model = {"has_newline", "projector_width"}
+    _refuse_unknown("config.model", model, {"vision", "text", "image", *scalars_of_model})
     name = fusion.pop("name")
     _refuse_unknown("config.fusion", fusion, set(registry.STRATEGIES))
     strategy = registry.get(name)
     sections = {
-        f.name: _build(_hints(Experiment)[f.name], config.get(f.name, {}), f"config.{f.name}")
+        f.name: build(_hints(Experiment)[f.name], config.get(f.name, {}), f"config.{f.name}")
         for f in dataclasses.fields(Experiment)
         if dataclasses.is_dataclass(_hints(Experiment)[f.name]) and f.name != "model"
     }
     scalars = {
-        name: _build(hint, config[name], f"config.{name}")
+        name: build(hint, config[name], f"config.{name}")
         for name, hint in _hints(Experiment).items()
         if name in config and not dataclasses.is_dataclass(hint)
     }
     experiment = Experiment(
         model=ModelConfig(
-            vision=_build(VisionConfig, model["vision"], "config.model.vision"),
-            text=_build(TextConfig, model["text"], "config.model.text"),
-            image=_build(ImageConfig, model["image"], "config.model.image"),
+            vision=build(VisionConfig, model["vision"], "config.model.vision"),
+            text=build(TextConfig, model["text"], "config.model.text"),
+            image=build(ImageConfig, model["image"], "config.model.image"),
             fusion_name=name,
-            fusion=_build(strategy.Config, fusion.get(name, {}), f"config.fusion.{name}"),
-            has_newline=model.get("has_newline", True),
-            routing=_build(RoutingConfig, config.get("routing", {}), "config.routing"),
+            fusion=build(strategy.Config, fusion.get(name, {}), f"config.fusion.{name}"),
+            routing=build(RoutingConfig, config.get("routing", {}), "config.routing"),
+            **{k: model[k] for k in scalars_of_model if k in model},
         ),
         **sections,
         **scalars,
@@ -275,13 +277,14 @@ def load_answering(workdir: str | Path) -> Experiment:
     return experiment
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A config's values as dictionaries, lists and scalars."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 
@@ -297,7 +300,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _build(hint: Any, value: Any, where: str) -> Any:
+def build(hint: Any, value: Any, where: str) -> Any:
     """Builds `value` as the annotated type, recursively; refuses wrong types by name."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -314,7 +317,7 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         ]
         if missing:
             raise ConfigError(f"{where} lacks {missing}")
-        built = {k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+        built = {k: build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
         try:
             return typing.cast(Any, hint)(**built)
         except ValueError as error:  # the dataclass refuses a value
@@ -327,16 +330,16 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where} must be a list, got {value!r}")
         if args[-1] is Ellipsis:
-            return tuple(_build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+            return tuple(build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(args) != len(value):
             raise ConfigError(f"{where} must have {len(args)} entries, got {value!r}")
         return tuple(
-            _build(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+            build(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
     if origin in (types.UnionType, typing.Union):
         for option in args:
             try:
-                return _build(option, value, where)
+                return build(option, value, where)
             except ConfigError:
                 continue
         raise ConfigError(f"{where} must be one of {args}, got {value!r}")

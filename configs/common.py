@@ -38,6 +38,7 @@ def base() -> ConfigDict:
         "text": _defaults(TextConfig),
         "image": _defaults(ImageConfig),
         "has_newline": True,
+        "projector_width": 0,
     }
     fusion = {"name": "none"}
     fusion |= {name: _defaults(strategy.Config) for name, strategy in STRATEGIES.items()}

@@ -44,7 +44,7 @@ def heatmap(
     if values.shape != (len(rows), len(columns)):
         raise ValueError(f"{values.shape} values for {len(rows)} rows, {len(columns)} columns")
     low, high = limits or (float(values.min()), float(values.max()))
-    figure = _figure(min(2.6 + 0.45 * len(columns), 7.5), min(1.8 + 0.38 * len(rows), 7.0))
+    figure = new_figure(min(2.6 + 0.45 * len(columns), 7.5), min(1.8 + 0.38 * len(rows), 7.0))
     axes = figure.add_subplot()
     image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
     figure.suptitle(title, fontsize=9, wrap=True)
@@ -60,7 +60,7 @@ def heatmap(
             axes.text(
                 column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7
             )
-    _save(figure, path)
+    save(figure, path)
 
 
 def lines(
@@ -74,7 +74,7 @@ def lines(
     value_title: str,
 ) -> None:
     """Draws a line of len(columns) values for every name, and its level as a dotted line."""
-    figure = _figure(min(3.0 + 0.4 * len(columns), 7.5), 3.6)
+    figure = new_figure(min(3.0 + 0.4 * len(columns), 7.5), 3.6)
     axes = figure.add_subplot()
     for name, line in values.items():
         if len(line) != len(columns):
@@ -88,7 +88,7 @@ def lines(
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8, ncols=2)
-    _save(figure, path)
+    save(figure, path)
 
 
 def loss_curve(metrics: epath.PathLike, path: epath.PathLike, per: str = "token") -> None:
@@ -106,7 +106,7 @@ def loss_curve(metrics: epath.PathLike, path: epath.PathLike, per: str = "token"
         raise PlotError(f"{metrics} holds no line with step and loss")
     steps = np.array(sorted(points))
     losses = np.array([points[step] for step in steps])
-    figure = _figure(5.0, 3.2)
+    figure = new_figure(5.0, 3.2)
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="0.75", linewidth=0.8, label="logged")
     axes.plot(steps, smooth(losses), color="tab:blue", linewidth=1.6, label="smoothed")
@@ -115,7 +115,7 @@ def loss_curve(metrics: epath.PathLike, path: epath.PathLike, per: str = "token"
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def similarity_map(
@@ -130,7 +130,7 @@ def similarity_map(
 
     E = len(values)
     side = min(3.2 + 0.16 * E, 7.0)
-    figure = _figure(side + 0.6, side)
+    figure = new_figure(side + 0.6, side)
     axes = figure.add_subplot()
     image = axes.imshow(values, origin="lower", cmap="viridis", vmax=1.0)
     for first, last, medoid in groups:
@@ -152,14 +152,14 @@ def similarity_map(
     figure.suptitle(title, fontsize=9, wrap=True)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, facecolor="0.6", frameon=True)
     figure.colorbar(image, ax=axes, label="mean cosine similarity")
-    _save(figure, path)
+    save(figure, path)
 
 
 def attention_curve(
     mass: np.ndarray, path: epath.PathLike, *, saturation: int | None, title: str
 ) -> None:
     """Draws attention mass [n] over decoder layers, and the layer from which it has settled."""
-    figure = _figure(5.6, 3.6)
+    figure = new_figure(5.6, 3.6)
     axes = figure.add_subplot()
     axes.plot(mass, color="tab:blue", marker="o", markersize=3.5, linewidth=1.4)
     if saturation is not None:
@@ -173,7 +173,7 @@ def attention_curve(
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     figure.suptitle(title, fontsize=9, wrap=True)
-    _save(figure, path)
+    save(figure, path)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -199,13 +199,14 @@ def _font(labels: Sequence[str]) -> int:
     return 10 if len(labels) <= 20 else 7
 
 
-def _save(figure: Any, path: epath.PathLike) -> None:
+def save(figure: Any, path: epath.PathLike) -> None:
+    """Writes a figure as PNG."""
     png = io.BytesIO()
     figure.savefig(png, dpi=DPI, format="png")
     epath.Path(path).write_bytes(png.getvalue())
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure in inches, drawn without a display and without matplotlib's global state."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg

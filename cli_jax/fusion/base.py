@@ -276,8 +276,8 @@ def project_flops(
     width: of what is projected, by default V; pooled: features of a tile beside its patches.
     """
     V, D = width or model.vision.hidden_size, model.text.hidden_size
-    features = row.tiles * (model.vision.num_patches + pooled)
-    return 2.0 * D * (features * V + row.visual * D) + plan_flops(D, row.visual)
+    W, features = model.projector_hidden, row.tiles * (model.vision.num_patches + pooled)
+    return 2.0 * W * (features * V + row.visual * D) + plan_flops(W, row.visual)
 
 
 def plan_flops(width: int, slots: int) -> float:

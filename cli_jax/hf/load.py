@@ -59,6 +59,7 @@ def load_params(
     folder left open.
     Raises ConversionError listing every other difference with expected and found shapes.
     """
+    names.check_projector(model)
     checkpoint = read(source, model=model, vocab_size=model.text.vocab_size if pad_vocab else None)
     abstract = flatten_dict(dict(abstract_params), sep="/")
     placed = flatten_dict(dict(shardings), sep="/") if shardings is not None else {}
@@ -95,6 +96,18 @@ def load_params(
     }
     missing = tuple(path for path in abstract if path not in params)
     return Loaded(unflatten_dict(params, sep="/"), missing, notes)
+
+
+def make_arrays(
+    leaves: Mapping[str, names.Leaf], tensors: Mapping[str, Tensor], abstract: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """Leaves by path, read from stored tensors into the dtypes and shardings of `abstract`."""
+    return {
+        path: jax.make_array_from_callback(
+            leaf.shape, _sharding(abstract[path]), _leaf_reader(leaf, tensors, abstract[path])
+        )
+        for path, leaf in leaves.items()
+    }
 
 
 def _check_model(abstract: Mapping[str, Any], base: Mapping[str, names.Leaf]) -> None:

@@ -14,7 +14,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from cli_jax.config import TextConfig, VisionConfig
+from cli_jax.config import ModelConfig, TextConfig, VisionConfig
+from cli_jax.hf.error import ConversionError
 
 Shape = tuple[int, ...]
 
@@ -79,6 +80,16 @@ def vision_layer(name: str) -> int | None:
     """The vision layer a canonical name belongs to."""
     match = _VISION_LAYER.match(name)
     return int(match[1]) if match else None
+
+
+def check_projector(model: ModelConfig) -> None:
+    """Raises ConversionError for a projector that no Hugging Face format describes."""
+    if model.projector_hidden != model.text.hidden_size:
+        raise ConversionError(
+            f"config.model.projector_width={model.projector_width}: a projector in Hugging Face's "
+            f"format is as wide as the decoder ({model.text.hidden_size}). Set it to 0, or keep to "
+            "workdirs of train.py, which hold any width"
+        )
 
 
 def expected(

@@ -49,8 +49,9 @@ def to_hf(
     parameters that the base model does not have, for whoever has that.
     """
     checkpoint = open_workdir(where, step)
-    checkpoint.verify(progress=progress)
     model = checkpoint.experiment.model
+    names.check_projector(model)
+    checkpoint.verify(progress=progress)
     has_projector = registry.of(model).has_plain_projector(model.fusion)
     tensors, own_arrays = stored_tensors(checkpoint.arrays, model, has_projector=has_projector)
     own = {path: _whole(path, array) for path, array in own_arrays.items()}

@@ -18,19 +18,20 @@ class Projector(nn.Module):
     features: int
     dtype: Dtype
     param_dtype: Dtype
+    width: int = 0  # W, of the hidden layer; 0 = D
 
     def setup(self) -> None:
         dtypes = (self.dtype, self.param_dtype)
-        self.linear_1 = dense(self.features, ("vision_embed", "mlp"), *dtypes)
+        self.linear_1 = dense(self.width or self.features, ("vision_embed", "mlp"), *dtypes)
         self.linear_2 = dense(self.features, ("mlp", "embed"), *dtypes)
 
     def hidden(self, x_NxV: jax.Array) -> jax.Array:
-        """[..., V] -> [..., D], per patch."""
+        """[..., V] -> [..., W], per patch."""
         return gelu_erf(self.linear_1(x_NxV))
 
-    def output(self, hidden_PxD: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D], per visual slot."""
-        return self.linear_2(hidden_PxD)
+    def output(self, hidden_PxW: jax.Array) -> jax.Array:
+        """[..., W] -> [..., D], per visual slot."""
+        return self.linear_2(hidden_PxW)
 
     def __call__(self, x_NxV: jax.Array) -> jax.Array:
         return self.output(self.hidden(x_NxV))

@@ -46,7 +46,9 @@ class VLM(nn.Module):
         dtype, param_dtype = jnp.dtype(compute.dtype), jnp.dtype(compute.param_dtype)
         strategy = registry.of(c)
         self.vision_tower = VisionTower(c.vision, compute, dtype, param_dtype)
-        self.multi_modal_projector = Projector(c.text.hidden_size, dtype, param_dtype)
+        self.multi_modal_projector = Projector(
+            c.text.hidden_size, dtype, param_dtype, c.projector_width
+        )
         self.fusion = strategy(c, not compute.scan_layers, compute.remat, dtype, param_dtype)
         self.language_model = Decoder(c.text, compute, dtype, param_dtype)
         self.routing = routing.of(c)(c, compute, dtype, param_dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from etils import epath
@@ -9,12 +11,14 @@ from etils import epath
 from cli_jax import routing
 from cli_jax.fusion import registry
 from cli_jax.hf import load as hf
+from cli_jax.hf.tower import load_tower
 from cli_jax.train.checkpoint import FOLDER, CheckpointError, load_params, stored_arrays
 from cli_jax.train.optimizer import init_optimizer, trained
 from cli_jax.train.setup import Setup, shardings
 from cli_jax.train.state import TrainState, flatten, split, unflatten
 
 Leaves = dict[str, jax.Array]
+TOWER = "vision_tower/"
 
 
 def init_state(setup: Setup, loaded: Leaves) -> TrainState:
@@ -42,24 +46,41 @@ def init_state(setup: Setup, loaded: Leaves) -> TrainState:
 
 
 def load_initial(setup: Setup) -> tuple[Leaves, str]:
-    """The leaves that `config.init_from` has for the model, and a sentence on what they are."""
-    source = setup.experiment.init_from
-    notes: tuple[str, ...] = ()
-    if not source:
+    """The leaves that `config.init_from` has for the model, and a sentence on what they are.
+
+    The vision tower is that of `config.tower_from`, if there is one.
+    """
+    experiment, model = setup.experiment, setup.experiment.model
+    wanted = flatten(setup.state.params)
+    loaded: Leaves = {}
+    lines: list[str] = []
+    if source := experiment.init_from:
+        notes: tuple[str, ...] = ()
+        if _is_workdir(source):
+            loaded = _from_workdir("init_from", source, wanted)
+        else:
+            found = hf.load_params(source, model, setup.state.params, progress=True)
+            loaded, notes = flatten(found.params), found.notes
+        lines += [f"{len(loaded)} arrays from {source}", *notes]
+    if source := experiment.tower_from:
+        tower = {path: leaf for path, leaf in wanted.items() if path.startswith(TOWER)}
+        if _is_workdir(source):
+            part = _from_workdir("tower_from", source, tower)
+            if missing := [path for path in tower if path not in part]:
+                raise CheckpointError(f"config.tower_from={source} lacks {', '.join(missing[:3])}")
+        else:
+            part = load_tower(source, model, tower)
+        loaded |= part
+        lines += [f"the vision tower from {source}"]
+    if not lines:
         return {}, "all parameters are new (config.init_from is empty)"
-    if (epath.Path(source) / FOLDER).exists():
-        loaded = _from_workdir(setup, source)
-    else:
-        found = hf.load_params(source, setup.experiment.model, setup.state.params, progress=True)
-        loaded, notes = flatten(found.params), found.notes
     copies = _copies(setup)
     new = [
         f"{path} (copy of {_named(*copies[path])})" if path in copies else path
-        for path in flatten(setup.state.params)
+        for path in wanted
         if path not in loaded
     ]
-    sentence = f"{len(loaded)} arrays from {source}; new: {', '.join(new) or 'none'}"
-    return loaded, "\n".join((sentence, *notes))
+    return loaded, "\n".join((*lines, f"new: {', '.join(new) or 'none'}"))
 
 
 def _copies(setup: Setup) -> dict[str, tuple[str, int | None]]:
@@ -75,8 +96,13 @@ def _named(source: str, layer: int | None) -> str:
     return source if layer is None else f"{source}, layer {layer}"
 
 
-def _from_workdir(setup: Setup, workdir: str) -> Leaves:
-    wanted, stored = flatten(setup.state.params), stored_arrays(workdir)
+def _is_workdir(source: str) -> bool:
+    return (epath.Path(source) / FOLDER).exists()
+
+
+def _from_workdir(setting: str, workdir: str, wanted: dict[str, Any]) -> Leaves:
+    """Of the `wanted` leaves {path: jax.ShapeDtypeStruct} those that a workdir's checkpoint has."""
+    stored = stored_arrays(workdir)
     common = {path: wanted[path] for path in wanted if path in stored}
     wrong = [
         f"{path}: {stored[path]} there, {leaf.shape} here"
@@ -85,7 +111,7 @@ def _from_workdir(setup: Setup, workdir: str) -> Leaves:
     ]
     if wrong or not common:
         raise CheckpointError(
-            f"config.init_from={workdir} holds another model: "
+            f"config.{setting}={workdir} holds another model: "
             + ("\n  ".join(wrong[:10]) or "no parameter of this one")
         )
     return flatten(load_params(workdir, abstract=unflatten(common)))

@@ -47,12 +47,19 @@ class Result(NamedTuple):
     complete: bool
 
 
-def train(experiment: Experiment, workdir: str, data: Any, at_save: AtSave | None = None) -> Result:
+def train(
+    experiment: Experiment,
+    workdir: str,
+    data: Any,
+    *,
+    at_save: AtSave | None = None,
+    watchers: tuple[Finished, ...] = (),
+) -> Result:
     """Trains to `experiment.total_steps`, from the newest checkpoint in `workdir` if there is one.
 
     `data` iterates over this process's rows of each batch and can be saved (`get_state`,
-    `set_state`). `at_save` may measure the state of each checkpoint on the way. Raises
-    `TrainingError` on a loss that is not finite.
+    `set_state`). `at_save` may measure the state of each checkpoint on the way; `watchers` are told
+    of every finished update. Raises `TrainingError` on a loss that is not finite.
     """
     folder, revision = prepare(workdir), git_revision()
     total, settings = experiment.total_steps, experiment.log
@@ -76,7 +83,7 @@ def train(experiment: Experiment, workdir: str, data: Any, at_save: AtSave | Non
         stack.callback(profile.close)
         goodput.begin(first)
         watchdog = stack.enter_context(Watchdog(settings.stall_seconds, first))
-        finished = (log.done, goodput.done, profile.done, watchdog.done)
+        finished = (log.done, goodput.done, profile.done, watchdog.done, *watchers)
         pending: tuple[int, Any] | None = None
         while step < total and not interrupt.requested(step):
             with goodput.spent("data"):

@@ -38,8 +38,8 @@ def run(experiment: Experiment, workdir: str) -> bool:
     if demo.prepare(experiment.data):
         say(f"made the data set {experiment.data.prepare!r} in {experiment.data.root}")
     _check_eval(experiment)
-    with contextlib.closing(_open_data(experiment)) as data:
-        result = train(experiment, workdir, data, _measure(experiment, folder))
+    with contextlib.closing(open_data(experiment)) as data:
+        result = train(experiment, workdir, data, at_save=_measure(experiment, folder))
         books = pipeline.report(data.get_state())
     say(
         f"data: {books['drawn']:,} samples drawn, {books['skipped_rows']} unusable and "
@@ -58,7 +58,8 @@ def run(experiment: Experiment, workdir: str) -> bool:
     return True
 
 
-def _open_data(experiment: Experiment) -> pipeline.Loader:
+def open_data(experiment: Experiment) -> pipeline.Loader:
+    """This process's batches of a located experiment, in the order of its seed; close it."""
     model = experiment.model
     tokenizer = load_tokenizer(experiment.data.tokenizer)
     check_vocabulary(tokenizer, model.text.vocab_size)

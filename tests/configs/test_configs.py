@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from cli_jax import experiment as experiment_lib
+from cli_jax.compare.config import from_config as comparison_of
 from cli_jax.data.collate import Sizes
 from cli_jax.experiment import ConfigError
 from cli_jax.fusion import registry
@@ -17,8 +18,11 @@ from cli_jax.text import check_vocabulary, load_tokenizer
 from cli_jax.train.optimizer import assign_rates
 
 ROOT = Path(__file__).parents[2]
-PARTS = {"__init__", "common", "models", "onevision", "llava15", "small"}  # not configs themselves
-NAMES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - PARTS)
+# not configs themselves
+PARTS = {"__init__", "common", "models", "onevision", "llava15", "small", "arms"}
+FILES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - PARTS)
+COMPARISONS = [name for name in FILES if name.startswith("compare_")]
+NAMES = [name for name in FILES if name not in COMPARISONS]
 FULL = [name for name in NAMES if name.startswith(("ov", "llava15_7b"))]
 SMALL = [name for name in NAMES if name not in FULL]
 
@@ -51,10 +55,25 @@ def test_builds_and_survives_json(name):
     assert experiment_lib.from_dict(experiment_lib.to_dict(experiment)) == experiment
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_comparisons_build(name, tmp_path):
+    config = module(name).get_config()
+    config.lock()
+    comparison = comparison_of(config, tmp_path)
+    assert comparison.base.name == name
+    for arm in comparison.settings.arms:
+        model = comparison.experiment(arm.name, comparison.settings.stage2).model
+        registry.of(model).vision_layers(model.fusion, model.vision)
+        registry.of(model).decoder_layers(model.fusion, model.text)
+    assert comparison_of(comparison.raw, tmp_path) == comparison
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_docstring_says_how_to_run_it(name):
     text = module(name).__doc__
-    assert f"python train.py --config configs/{name}.py --workdir runs/" in text
+    command = "analyze.py compare" if name in COMPARISONS else "train.py"
+    folder = "output" if name in COMPARISONS else "workdir"
+    assert f"python {command} --config configs/{name}.py --{folder} runs/" in text
     for heading in ("Hardware:", "Time:", "Expected result:"):
         assert len(re.findall(f"^{heading} \\S", text, re.MULTILINE)) == 1, heading
 

@@ -139,3 +139,21 @@ def test_what_another_workdir_lacks_is_new_and_other_shapes_are_refused(go, setu
     other = jax.ShapeDtypeStruct((5,), bias.dtype, sharding=bias.sharding)
     with pytest.raises(CheckpointError, match=r"image_newline: \(32,\) there, \(5,\) here"):
         wanting(image_newline=other)
+
+
+def test_the_tower_can_come_from_another_place_than_the_rest(go, setup, tmp_path):
+    go(tmp_path / "whole")
+    (tower, _) = go(tmp_path / "tower", total_steps=3)
+    experiment = dataclasses.replace(
+        setup.experiment, init_from=str(tmp_path / "whole"), tower_from=str(tmp_path / "tower")
+    )
+    loaded, sentence = load_initial(dataclasses.replace(setup, experiment=experiment))
+    assert f"the vision tower from {tmp_path / 'tower'}" in sentence
+    whole = load_params(tmp_path / "whole")
+    other = {"vision_tower": tower.state.params["vision_tower"]}
+    for path, leaf in flatten(whole | other).items():
+        np.testing.assert_array_equal(loaded[path], leaf)
+    alone = dataclasses.replace(experiment, init_from="")
+    loaded, sentence = load_initial(dataclasses.replace(setup, experiment=alone))
+    assert set(loaded) == {path for path in flatten(whole) if path.startswith("vision_tower/")}
+    assert "new: " in sentence

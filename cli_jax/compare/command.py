@@ -1,0 +1,121 @@
+"""The whole comparison: fix the protocol, train and ask every run, choose, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cli_jax import demo
+from cli_jax.analysis.plots import require_matplotlib
+from cli_jax.compare import protocol, splits
+from cli_jax.compare.config import Comparison, from_config
+from cli_jax.compare.progress import Progress
+from cli_jax.compare.report import report
+from cli_jax.compare.runs import (
+    Run,
+    answer,
+    answer_along_the_way,
+    draw_gates,
+    is_trained,
+    plan,
+    result_name,
+    stages,
+    train_stage,
+)
+from cli_jax.compare.splits import HELD_OUT
+from cli_jax.compare.summary import choose
+from cli_jax.evaluate.output import writable_folder
+from cli_jax.experiment import ConfigError
+from cli_jax.train.setup import make_setup
+
+
+def compare(config: Mapping[str, Any], output: str | Path) -> list[Path]:
+    """Runs what is not finished yet of a comparison in `output`; returns the report's files.
+
+    Raises ConfigError if the folder was begun with another config, and KeyboardInterrupt when
+    stopped, after saving: the same call goes on from there.
+    """
+    require_matplotlib()
+    folder = Path(writable_folder(output)).absolute()
+    comparison = from_config(config, folder)
+    if demo.prepare(comparison.base.data):
+        print(f"made the data set {comparison.base.data.prepare!r} in {comparison.base.data.root}")
+    cut = splits.cut(comparison)
+    if not (folder / protocol.FILE).is_file():
+        _check_setups(comparison)
+    fixed = protocol.fix(comparison, cut.report, folder)
+    splits.write(cut, folder)
+    print(f"protocol {fixed['hash'][:12]} in {folder / protocol.FILE}")
+    _run_all(comparison, folder)
+    return report(folder)
+
+
+def redraw(output: str | Path) -> list[Path]:
+    """The report of what is there so far; trains and asks nothing."""
+    require_matplotlib()
+    return report(Path(output).absolute())
+
+
+def _run_all(comparison: Comparison, folder: Path) -> None:
+    settings = comparison.settings
+    runs = plan(settings)
+    steps = settings.stage1.steps + settings.stage2.steps
+    finished = sum(
+        experiment.total_steps
+        for run in runs
+        for workdir, experiment in stages(comparison, folder, run)
+        if is_trained(workdir, experiment)
+    )
+    with Progress(steps * len(runs), finished) as progress:
+        for number, run in enumerate(runs, start=1):
+            _run(comparison, folder, run, f"run {number}/{len(runs)}: {run}", progress)
+        for encoder in settings.encoders:
+            for fraction in settings.fractions:
+                for choice in choose(comparison, folder, encoder.name, fraction):
+                    progress.say(f"{choice.name}, by held-out pictures: {choice.arm}")
+                    for seed in settings.seeds:
+                        run = Run(encoder.name, fraction, seed, choice.arm)
+                        progress.begin(f"asking {run}")
+                        answer(comparison, folder, run, list(comparison.eval_files))
+
+
+def _run(comparison: Comparison, folder: Path, run: Run, what: str, progress: Progress) -> None:
+    """Trains and asks one run, and says how it did; what is finished is left alone."""
+    settings = comparison.settings
+    names = [HELD_OUT] if settings.held_out.share else []
+    if comparison.arm(run.arm).reported:
+        names += comparison.eval_files
+    for workdir, experiment in stages(comparison, folder, run):
+        progress.begin(f"{what}, {workdir.name}")
+        train_stage(workdir, experiment, progress)
+    workdir = run.workdir(folder)
+    if all((workdir / result_name(name)).is_file() for name in names):
+        new = False
+    else:
+        new = True
+        progress.begin(f"{what}, asking")
+        answer(comparison, folder, run, names)
+    answer_along_the_way(comparison, folder, run)
+    if run.seed == settings.seeds[0] and comparison.arm(run.arm).reported:
+        draw_gates(comparison, folder, run)
+    if new:
+        scores = [
+            (name, json.loads((workdir / result_name(name)).read_text())["overall"]["exact_match"])
+            for name in names
+        ]
+        progress.say(f"{run}: " + ", ".join(f"{name} {score:.1%}" for name, score in scores))
+
+
+def _check_setups(comparison: Comparison) -> None:
+    """Everything that shapes can tell is wrong with an arm is found before the first run."""
+    settings = comparison.settings
+    for arm in settings.arms:
+        for stage in (settings.stage1, settings.stage2):
+            if not stage.steps:
+                continue
+            try:
+                make_setup(comparison.experiment(arm.name, stage))
+            except ValueError as error:  # e.g. a layer that the towers do not have
+                raise ConfigError(f"config.compare: the arm {arm.name!r}: {error}") from error

@@ -1,0 +1,62 @@
+"""Everything that is written when runs are finished: results.json, results.md and figures."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from cli_jax.compare import plots, protocol
+from cli_jax.compare.config import Comparison, from_config
+from cli_jax.compare.runs import Run
+from cli_jax.compare.summary import summarize
+from cli_jax.compare.table import cell_name, markdown
+from cli_jax.evaluate.report import write_results
+
+FIGURES = "figures"
+
+
+def report(folder: Path) -> list[Path]:
+    """Writes the report of what is finished in a comparison's folder; returns its files."""
+    fixed = protocol.read(folder)
+    comparison = from_config(fixed["config"], folder)
+    results = summarize(comparison, folder, fixed)
+    figures = {
+        cell_name(cell): _draw(comparison, folder, results, cell) for cell in results["cells"]
+    }
+    write_results(epath.Path(folder / "results.json"), results)
+    (folder / "results.md").write_text(markdown(results, figures), encoding="utf-8")
+    drawn = [folder / path for each in figures.values() for _, path in each]
+    return [folder / "results.md", folder / "results.json", *drawn]
+
+
+def _draw(
+    comparison: Comparison, folder: Path, results: dict[str, Any], cell: dict[str, Any]
+) -> list[tuple[str, str]]:
+    """(title, path) of the figures of one encoder and data fraction."""
+    place = Path(FIGURES) / cell_name(cell)
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    drawn: list[tuple[str, str]] = []
+
+    def target(title: str, name: str) -> Path:
+        drawn.append((title, str(place / name)))
+        return folder / place / name
+
+    if not cell["rows"]:
+        return []
+    for name in cell["rows"][0]["sets"]:
+        path = target(f"Accuracy on {name}", f"accuracy_{name}.png")
+        plots.accuracy_bars(cell["rows"], name, results["baseline"], path)
+    for choice in cell["selections"]:
+        slug = "_".join(choice["name"].split())
+        plots.selection(choice, target(choice["name"], f"selection_{slug}.png"))
+    curves = plots.read_curves(comparison, folder, cell)
+    plots.learning_curves(curves, target("Learning curves", "curves.png"))
+    for row in cell["rows"]:
+        run = Run(cell["encoder"], cell["fraction"], comparison.settings.seeds[0], row["arm"])
+        gates = run.workdir(folder) / "gates" / "gates.png"
+        if gates.is_file() and row["label"] == row["arm"]:
+            shutil.copyfile(gates, target(f"Gates of {row['arm']}", f"gates_{row['arm']}.png"))
+    return drawn

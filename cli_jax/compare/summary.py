@@ -1,0 +1,200 @@
+"""The numbers of a comparison, from what its runs have left: `results.json`. Needs no data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cli_jax.compare.bootstrap import interval
+from cli_jax.compare.config import Comparison, EvalSetConfig
+from cli_jax.compare.runs import TRAINED, Run, predictions_name, result_name
+from cli_jax.compare.splits import HELD_OUT, pictures_of
+from cli_jax.experiment import ConfigError
+
+Json = dict[str, Any]
+COSTS = ("parameters", "trained_parameters", "forward_flops", "update_flops")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a selection has chosen, with the held-out accuracy of every arm by seed."""
+
+    name: str
+    arm: str
+    scores: dict[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Correctness [S, Q] by seed and question, and what the questions are about."""
+
+    correct_SxQ: np.ndarray
+    pictures: list[str]
+    categories: list[str]
+
+
+def choose(comparison: Comparison, folder: Path, encoder: str, fraction: float) -> list[Choice]:
+    """The best arm of every selection by its mean held-out accuracy; the first of equals.
+
+    A selection whose arms are not all finished is left out.
+    """
+    found = []
+    for select in comparison.settings.select:
+        scores: dict[str, list[float]] = {}
+        for arm in select.arms:
+            runs = [Run(encoder, fraction, seed, arm) for seed in comparison.settings.seeds]
+            files = [run.workdir(folder) / result_name(HELD_OUT) for run in runs]
+            if all(file.is_file() for file in files):
+                scores[arm] = [_read(file)["overall"]["exact_match"] for file in files]
+        if len(scores) == len(select.arms):
+            best = max(scores, key=lambda arm: statistics.mean(scores[arm]))
+            found.append(Choice(select.name, best, scores))
+    return found
+
+
+def summarize(comparison: Comparison, folder: Path, protocol: Json) -> Json:
+    """Everything a report needs. Arms without a finished seed are listed as `unfinished`."""
+    settings = comparison.settings
+    return {
+        "name": comparison.base.name,
+        "protocol": protocol["hash"],
+        "revisions": sorted({run["revision"] for run in _run_files(folder)}),
+        "devices": sorted({run["devices"] for run in _run_files(folder)}),
+        "baseline": settings.baseline,
+        "seeds": list(settings.seeds),
+        "steps": {"stage1": settings.stage1.steps, "stage2": settings.stage2.steps},
+        "batch_size": comparison.base.data.batch_size,
+        "eval_every": settings.eval_every,
+        "splits": protocol["splits"],
+        "encoders": protocol["encoders"],
+        "draws": settings.draws,
+        "cells": [
+            _cell(comparison, folder, encoder.name, fraction)
+            for encoder in settings.encoders
+            for fraction in settings.fractions
+        ],
+    }
+
+
+def _cell(comparison: Comparison, folder: Path, encoder: str, fraction: float) -> Json:
+    """All rows of one encoder and data fraction."""
+    choices = choose(comparison, folder, encoder, fraction)
+    arms = [(arm.name, arm.name) for arm in comparison.settings.arms if arm.reported]
+    arms += [(f"{choice.name} ({choice.arm})", choice.arm) for choice in choices]
+    rows = [_row(comparison, folder, encoder, fraction, label, arm) for label, arm in arms]
+    return {
+        "encoder": encoder,
+        "fraction": fraction,
+        "rows": [row for row in rows if row["seeds"]],
+        "unfinished": [
+            row["label"] for row in rows if len(row["seeds"]) < len(comparison.settings.seeds)
+        ],
+        "selections": [dataclasses.asdict(choice) for choice in choices],
+    }
+
+
+def _row(
+    comparison: Comparison, folder: Path, encoder: str, fraction: float, label: str, arm: str
+) -> Json:
+    settings = comparison.settings
+
+    def runs_of(name: str) -> dict[int, Run]:
+        """The finished runs of an arm by seed."""
+        runs = {seed: Run(encoder, fraction, seed, name) for seed in settings.seeds}
+        return {seed: run for seed, run in runs.items() if _is_finished(comparison, folder, run)}
+
+    own, base = runs_of(arm), runs_of(settings.baseline)
+    row: Json = {
+        "label": label,
+        "arm": arm,
+        "changes": dict(comparison.arm(arm).changes),
+        "seeds": list(own),
+    }
+    if not own:
+        return row
+    costs = [_read(run.workdir(folder) / TRAINED) for run in own.values()]
+    row |= {name: costs[0][name] for name in COSTS}
+    times = [cost["seconds_per_update"] for cost in costs if cost["seconds_per_update"]]
+    row["seconds_per_update"] = statistics.median(times) if times else None
+    row["sets"] = {}
+    for each in settings.evals:
+        answers = _read_answers(comparison, folder, own, each)
+        shared = [seed for seed in own if seed in base and arm != settings.baseline]
+        pair = None
+        if shared:
+            pair = (
+                _read_answers(comparison, folder, {s: own[s] for s in shared}, each),
+                _read_answers(comparison, folder, {s: base[s] for s in shared}, each),
+            )
+        row["sets"][each.name] = _scores(answers, pair, settings.draws)
+    if settings.held_out.share:
+        results = [_read(run.workdir(folder) / result_name(HELD_OUT)) for run in own.values()]
+        row["held_out"] = _spread([each["overall"]["exact_match"] for each in results])
+    return row
+
+
+def _scores(answers: Answers, pair: tuple[Answers, Answers] | None, draws: int) -> Json:
+    """Accuracy of a set's questions, overall and by category, and the paired difference."""
+
+    def of(chosen_Q: np.ndarray) -> Json:
+        pictures = [answers.pictures[i] for i in np.flatnonzero(chosen_Q)]
+        correct_SxQ = answers.correct_SxQ[:, chosen_Q]
+        _, low, high = interval(correct_SxQ, pictures, draws=draws)
+        found = _spread(correct_SxQ.mean(axis=1).tolist()) | {
+            "questions": len(pictures),
+            "resampled": len(set(pictures)),
+            "interval": [low, high],
+            "difference": None,
+        }
+        if pair:
+            own, base = (each.correct_SxQ[:, chosen_Q] for each in pair)
+            found["difference"] = interval(own - base, pictures, draws=draws)._asdict()
+        return found
+
+    categories = np.array(answers.categories)
+    return of(np.ones(len(categories), bool)) | {
+        "categories": {name: of(categories == name) for name in sorted(set(answers.categories))}
+    }
+
+
+def _read_answers(
+    comparison: Comparison, folder: Path, runs: dict[int, Run], eval_set: EvalSetConfig
+) -> Answers:
+    """The answers of finished runs to the questions of a set, in the file's order."""
+    file = comparison.file_of(eval_set)
+    pictures, categories = pictures_of(folder, file)
+    wanted = [i for i, c in enumerate(categories) if c in (eval_set.categories or categories)]
+    rows = []
+    for run in runs.values():
+        path = run.workdir(folder) / predictions_name(file)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if [line["category"] for line in lines] != categories:
+            raise ConfigError(f"{path} does not answer the questions of {eval_set.path}")
+        rows.append([float(lines[i]["correct"]) for i in wanted])
+    return Answers(np.array(rows), [pictures[i] for i in wanted], [categories[i] for i in wanted])
+
+
+def _is_finished(comparison: Comparison, folder: Path, run: Run) -> bool:
+    """Whether a run has answered every evaluation file."""
+    workdir = run.workdir(folder)
+    names = [*comparison.eval_files, *([HELD_OUT] if comparison.settings.held_out.share else [])]
+    return all((workdir / result_name(name)).is_file() for name in names)
+
+
+def _spread(values: list[float]) -> Json:
+    """Mean, sample standard deviation (None for one seed) and the values by seed."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": std, "by_seed": values}
+
+
+def _run_files(folder: Path) -> list[Json]:
+    return [_read(path) for path in sorted((folder / "runs").glob("*/*/*/*/stage*/run.json"))]
+
+
+def _read(path: Path) -> Json:
+    return json.loads(path.read_text())

@@ -1,0 +1,150 @@
+"""`results.md`: what was compared, how, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+Json = dict[str, Any]
+
+_NOTES = """\
+± is the standard deviation over seeds. A difference is arm - {baseline} on the same questions, in \
+percentage points, with a 95% interval from {draws:,} bootstrap draws that resample seeds and \
+pictures (not questions; variants of a scene as one). With few seeds such intervals are too \
+narrow, and with one they say nothing about seeds. Where the interval holds 0, no difference was \
+shown.
+
+FLOPs are those of one row's forward pass, counted from shapes (cli_jax/dryrun/flops.py); time is \
+the median of stage 2's updates, waiting for data included, runs one after another on {devices}."""
+
+
+def markdown(results: Json, figures: dict[str, list[tuple[str, str]]]) -> str:
+    """The report's text. figures: of each cell's name, (title, path relative to the report)."""
+    blocks = [f"# {results['name']}", _header(results)]
+    for cell in results["cells"]:
+        blocks += _cell(results, cell, figures.get(cell_name(cell), []))
+    return "\n\n".join(blocks) + "\n"
+
+
+def cell_name(cell: Json) -> str:
+    """Names an encoder and data fraction, also in file names."""
+    return f"{cell['encoder']}_{cell['fraction']:g}"
+
+
+def percent(value: float | None, sign: bool = False) -> str:
+    return "–" if value is None else f"{100 * value:{'+' if sign else ''}.1f}"
+
+
+def _header(results: Json) -> str:
+    steps, splits = results["steps"], results["splits"]
+    held_out = splits["evals"].get("held_out", {"pictures": 0})["pictures"]
+    lines = [
+        f"Steps: {steps['stage1']:,} in stage 1, {steps['stage2']:,} in stage 2, of "
+        f"{results['batch_size']} rows. Seeds: {', '.join(map(str, results['seeds']))}. "
+        f"Held-out training pictures: {held_out:,}.",
+        f"Fixed beforehand in protocol.json, {results['protocol'][:12]}; code "
+        f"{', '.join(results['revisions'])}.",
+    ]
+    if len(results["revisions"]) > 1:
+        lines.append("**The code changed between runs: they are not strictly comparable.**")
+    notes = _NOTES.format(
+        baseline=results["baseline"],
+        draws=results["draws"],
+        devices=" and ".join(results["devices"]) or "nothing yet",
+    )
+    return "\n".join(lines) + "\n\n" + notes
+
+
+def _cell(results: Json, cell: Json, figures: list[tuple[str, str]]) -> list[str]:
+    pictures = results["splits"]["train"][f"{cell['fraction']:g}"]["pictures"]
+    blocks = [f"## Encoder {cell['encoder']}, {cell['fraction']:.0%} of the data"]
+    blocks.append(f"{pictures:,} training pictures.")
+    if cell["unfinished"]:
+        blocks.append(f"**Not finished: {', '.join(cell['unfinished'])}.**")
+    if cell["rows"]:
+        blocks.append(_main_table(results, cell["rows"]))
+        for name in cell["rows"][0]["sets"]:
+            if len(cell["rows"][0]["sets"][name]["categories"]) > 1:
+                blocks += [f"### {name} by category", _category_table(cell["rows"], name)]
+    for choice in cell["selections"]:
+        blocks += [
+            f"### {choice['name']}",
+            f"Chosen on held-out training pictures, accuracy there: **{choice['arm']}**.",
+            _table(
+                ["arm", "mean", "by seed"],
+                [
+                    [arm, percent(sum(by_seed) / len(by_seed)), ", ".join(map(percent, by_seed))]
+                    for arm, by_seed in choice["scores"].items()
+                ],
+            ),
+        ]
+    blocks += [f"![{title}]({path})" for title, path in figures]
+    if cell["rows"]:
+        blocks += ["### What the arms change", _changes_table(cell["rows"])]
+    return blocks
+
+
+def _main_table(results: Json, rows: Sequence[Json]) -> str:
+    names = list(rows[0]["sets"])
+    head = ["arm"]
+    for name in names:
+        head += [f"{name}, %", f"{name} − {results['baseline']}"]
+    has_held_out = "held_out" in rows[0]
+    head += ["held out, %"] * has_held_out
+    head += ["trained", "parameters", "MFLOPs", "ms/update"]
+    body = []
+    for row in rows:
+        seeds = len(row["seeds"])
+        line = [row["label"] + (f" ({seeds} seeds)" if seeds < len(results["seeds"]) else "")]
+        for name in names:
+            line += [_mean(row["sets"][name]), _difference(row["sets"][name]["difference"])]
+        line += [_mean(row["held_out"])] * has_held_out
+        seconds = row["seconds_per_update"]
+        line += [
+            f"{row['trained_parameters']:,}",
+            f"{row['parameters']:,}",
+            f"{row['forward_flops'] / 1e6:,.1f}",
+            f"{1000 * seconds:,.0f}" if seconds else "–",
+        ]
+        body.append(line)
+    return _table(head, body)
+
+
+def _category_table(rows: Sequence[Json], name: str) -> str:
+    categories = rows[0]["sets"][name]["categories"]
+    head = ["arm", *(f"{c} ({found['questions']:,})" for c, found in categories.items())]
+    body = []
+    for row in rows:
+        cells = []
+        for category in categories:
+            found = row["sets"][name]["categories"][category]
+            difference = _difference(found["difference"])
+            cells.append(_mean(found) + (f"<br>{difference}" if found["difference"] else ""))
+        body.append([row["label"], *cells])
+    return _table(head, body)
+
+
+def _changes_table(rows: Sequence[Json]) -> str:
+    body = [[row["label"], f"`{json.dumps(row['changes'])}`"] for row in rows]
+    return _table(["arm", "changes of the base config"], body, numbers=False)
+
+
+def _mean(found: Json) -> str:
+    spread = "" if found["std"] is None else f" ± {percent(found['std'])}"
+    return percent(found["mean"]) + spread
+
+
+def _difference(found: Json | None) -> str:
+    if found is None:
+        return ""
+    low, high = percent(found["low"], sign=True), percent(found["high"], sign=True)
+    return f"{percent(found['mean'], sign=True)} [{low}, {high}]"
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
+    rule = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
+    rows = (head, rule, *body)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
+    )

@@ -1,0 +1,59 @@
+r"""The whole comparison in two minutes, on handwritten digits that are made on the spot.
+
+    python analyze.py compare --config configs/compare_smoke.py --output runs/compare_smoke
+
+It shows how the command works; such short trainings tell nothing about the strategies.
+
+Hardware: 2 CPU cores.
+Time: not measured.
+Expected result: a report in runs/compare_smoke/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import arms, common, models, quickstart
+
+
+def get_config() -> ConfigDict:
+    config = quickstart.get_config()
+    config.name = "compare_smoke"
+    common.set_model(
+        config,
+        models.small_tower(image_size=64, patch_size=32, width=64, layers=2),
+        models.small_decoder(width=64, layers=2),
+        {},
+    )
+    config.data.batch_size = 32
+    config.log.every = 5
+    config.eval.path = ""
+    config.compare = ConfigDict(
+        {
+            "arms": (
+                arms.arm("none", "none"),
+                arms.arm("cli", "cli"),
+                *arms.single_layers((1,)),
+            ),
+            "baseline": "none",
+            "select": (arms.best_single_layer("layer_1", "none"),),
+            "evals": ({"name": "test", "path": "test.json"},),
+            "encoders": ({"name": "scratch"},),
+            "seeds": (0, 1),
+            "fractions": (1.0,),
+            "held_out": {"share": 0.05, "questions": 1, "together": ""},
+            "split_seed": 0,
+            "stage1": {
+                "steps": 10,
+                "changes": {
+                    "optimizer": {
+                        "groups": common.train_only(
+                            "(multi_modal_projector|fusion)/.*|image_newline", lr=2e-3
+                        )
+                    }
+                },
+            },
+            "stage2": {"steps": 40, "changes": {}},
+            "eval_every": 20,
+            "draws": 2000,
+        }
+    )
+    return config

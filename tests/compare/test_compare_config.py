@@ -1,0 +1,110 @@
+"""What a comparison's config may say, and the one line for what it may not."""
+
+import pytest
+from compare_tiny import arm, config
+
+from cli_jax.compare.config import from_config
+from cli_jax.compare.runs import plan, stages
+from cli_jax.experiment import ConfigError
+from cli_jax.flag_parser import read_config
+
+
+def test_an_arm_changes_its_strategy_and_nothing_else(tmp_path):
+    arms = [
+        arm("none", "none"),
+        {"name": "wide", "changes": {"model": {"projector_width": 64}, "fusion": {"name": "none"}}},
+        arm("cli_mean", "cli", agf="mean"),
+    ]
+    comparison = from_config(config(tmp_path, arms=arms, select=[]), tmp_path)
+    experiments = [comparison.experiment(a["name"], comparison.settings.stage2) for a in arms]
+    none, wide, mean = (each.model for each in experiments)
+    assert (none.fusion_name, wide.projector_width) == ("none", 64)
+    # What the base says of a strategy holds, where the arm does not say otherwise.
+    assert (mean.fusion.agf, mean.fusion.rank, mean.fusion.taps) == ("mean", 2, "all")
+    assert len({(e.optimizer, e.total_steps, e.data.batch_size) for e in experiments}) == 1
+
+
+def test_the_stages_of_a_run(tmp_path):
+    encoders = [{"name": "scratch"}, {"name": "trained", "path": "some/hub-id"}]
+    comparison = from_config(config(tmp_path, encoders=encoders), tmp_path)
+    runs = plan(comparison.settings)
+    assert len(runs) == len(set(runs)) == 2 * 2 * 3
+    scratch, trained = (stages(comparison, tmp_path, run) for run in (runs[0], runs[-1]))
+    for (_, first), (_, second) in (scratch, trained):
+        assert (first.total_steps, second.total_steps) == (2, 4)
+        assert first.optimizer.groups[-1].lr is None
+        assert second.optimizer.groups == ()
+        assert first.data == second.data
+        assert first.eval.path == second.eval.path == ""
+    assert [e.tower_from for _, e in scratch] == ["", ""]
+    assert [e.tower_from for _, e in trained] == ["some/hub-id", ""]
+    assert [e.init_from for _, e in trained] == ["", str(trained[0][0])]
+    assert trained[0][0] == tmp_path / "runs/trained/1/layer_1/seed_1/stage1"
+    alone = from_config(config(tmp_path, encoders=encoders, stage1={"steps": 0}), tmp_path)
+    ((_, only),) = stages(alone, tmp_path, runs[-1])
+    assert (only.tower_from, only.init_from, only.seed) == ("some/hub-id", "", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"baseline": "sli"}, r"there is no arm 'sli'; the arms are \['none', 'cli', 'layer_1'\]"),
+        ({"baseline": "layer_1"}, "'layer_1' is not reported"),
+        ({"seeds": [0, 0]}, r"compare.seeds must not be empty or repeat: \[0, 0\]"),
+        ({"arms": []}, "compare.arms must not be empty"),
+        ({"fractions": [0.0]}, r"fractions are in \(0, 1\]"),
+        ({"select": []}, "'layer_1' is neither reported nor in a selection"),
+        ({"held_out": {"share": 0.0}}, "selections and eval_every need held-out pictures"),
+        ({"stage2": {"steps": 0}}, "stage2.steps and draws are at least 1"),
+        (
+            {"stage2": {"steps": 1, "changes": {"data": {}}}},
+            r"stage2 changes \['data'\], which all",
+        ),
+        ({"armss": []}, "unknown key config.compare.armss; did you mean 'arms'"),
+        ({"encoders": [{"name": "a/b"}]}, "'a/b' becomes a folder"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        from_config(config(tmp_path, **change), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"batch_size": 8}}, r"'odd' changes \['data'\], which all arms and stages share"),
+        ({"model": {"text": {"hidden_size": 64}}}, "'odd' changes model.text, which all share"),
+        ({"optimizer": {"lrr": 1.0}}, "unknown key config.optimizer.lrr; did you mean 'lr'"),
+        ({"fusion": {"name": "slii"}}, "unknown fusion strategy 'slii'"),
+    ],
+)
+def test_an_arm_that_is_not_comparable_is_refused(tmp_path, changes, message):
+    arms = [arm("none", "none"), {"name": "odd", "changes": changes}]
+    with pytest.raises(ConfigError, match=message):
+        from_config(config(tmp_path, arms=arms, select=[]), tmp_path)
+
+
+def test_an_experiment_alone_is_no_comparison(tmp_path):
+    alone = {key: value for key, value in config(tmp_path).items() if key != "compare"}
+    with pytest.raises(ConfigError, match="has no section `compare`"):
+        from_config(alone, tmp_path)
+
+
+def test_a_config_file_with_changes_from_the_command_line(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({config(tmp_path)!r})\n"
+    )
+    changes = ["--config.optimizer.lr=0.5", "--config.compare.stage2.steps", "7"]
+    changed = from_config(read_config(str(path), changes), tmp_path)
+    assert (changed.base.optimizer.lr, changed.settings.stage2.steps) == (0.5, 7)
+    for wrong, message in (
+        (["--config.optimizer.lrr=1"], "unknown name in a --config flag: 'lrr'"),
+        (["--steps=7"], "'steps'"),
+        (["7"], "unknown arguments: 7"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_config(str(path), wrong)
+    with pytest.raises(ConfigError, match=r"nowhere\.py"):
+        read_config("nowhere.py", [])

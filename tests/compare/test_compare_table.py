@@ -1,0 +1,152 @@
+"""The report of answers that were written by hand: every number can be checked on paper."""
+
+import json
+
+import numpy as np
+import pytest
+from compare_tiny import config, write_data
+
+from cli_jax.analysis.plots import PlotError
+from cli_jax.compare import command, protocol, splits
+from cli_jax.compare.bootstrap import interval
+from cli_jax.compare.config import from_config
+from cli_jax.compare.report import report
+from cli_jax.compare.runs import Run
+from cli_jax.compare.summary import choose, summarize
+from cli_jax.compare.table import markdown
+
+# Right (1) or wrong of the 12 questions, a color and a count for each of 6 pictures, by seed.
+RIGHT = {
+    "none": ["101010101010", "000000000000"],
+    "cli": ["111110101010", "100000000000"],
+    "layer_1": ["111111111111", "111111111111"],
+}
+HELD_OUT = {"none": [0.5, 0.25], "layer_1": [0.25, 0.75], "cli": [1.0, 1.0]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    data, folder = write_data(tmp_path / "data"), tmp_path / "out"
+    comparison = from_config(config(data), folder)
+    cut = splits.cut(comparison)
+    folder.mkdir()
+    protocol.fix(comparison, cut.report, folder)
+    splits.write(cut, folder)
+    _, categories = splits.pictures_of(folder, "val")
+    for arm, seeds in RIGHT.items():
+        for seed, right in enumerate(seeds):
+            workdir = Run("random", 1.0, seed, arm).workdir(folder)
+            workdir.mkdir(parents=True)
+            lines = [
+                json.dumps({"category": c, "correct": r == "1"})
+                for c, r in zip(categories, right, strict=True)
+            ]
+            (workdir / "predictions_val.jsonl").write_text("\n".join(lines) + "\n")
+            cost = {"parameters": 2000, "trained_parameters": 1000 + seed, "steps": 4}
+            cost |= {"forward_flops": 3.5e6, "update_flops": 1e7}
+            cost["seconds_per_update"] = 0.020 + 0.002 * seed
+            overall = {"overall": {"exact_match": HELD_OUT[arm][seed]}}
+            metrics = "".join(json.dumps({"step": s, "loss": 3.0 - s / 2}) + "\n" for s in range(5))
+            for name, content in (
+                ("results_val.json", {}),
+                ("results_held_out.json", overall),
+                ("trained.json", cost),
+                ("run.json", {"revision": "abc", "devices": "1 x cpu"}),
+            ):
+                (workdir / name).write_text(json.dumps(content))
+            (workdir / "metrics.jsonl").write_text(metrics)
+    return folder
+
+
+def summary(folder):
+    fixed = protocol.read(folder)
+    return summarize(from_config(fixed["config"], folder), folder, fixed)
+
+
+def test_the_numbers(folder):
+    results = summary(folder)
+    (cell,) = results["cells"]
+    rows = {row["label"]: row for row in cell["rows"]}
+    assert list(rows) == ["none", "cli", "best layer (layer_1)"]
+    cli = rows["cli"]["sets"]["val"]
+    assert cli["by_seed"] == [8 / 12, 1 / 12]
+    assert cli["mean"] == pytest.approx(9 / 24)
+    assert cli["std"] == pytest.approx(7 / 12 / np.sqrt(2))
+    # cli - none: seed 0 gains two counts of pictures 0 and 1, seed 1 a color of picture 0.
+    assert cli["difference"]["mean"] == pytest.approx(3 / 24)
+    pictures, _ = splits.pictures_of(folder, "val")
+    differences = np.zeros((2, 12))
+    differences[0, [1, 3]] = differences[1, 0] = 1
+    assert cli["difference"] == interval(differences, pictures, draws=200)._asdict()
+    assert cli["categories"]["count"]["difference"]["mean"] == pytest.approx(2 / 12)
+    assert cli["categories"]["color"]["by_seed"] == [1.0, 1 / 6]
+    assert (cli["questions"], cli["resampled"]) == (12, 6)
+    colors = rows["cli"]["sets"]["colors"]
+    assert colors["questions"] == 6
+    assert colors["by_seed"] == [1.0, 1 / 6]
+    assert rows["none"]["sets"]["val"]["difference"] is None
+    assert rows["best layer (layer_1)"]["sets"]["val"]["difference"]["mean"] == pytest.approx(0.75)
+    assert rows["cli"]["seconds_per_update"] == pytest.approx(0.021)
+    assert rows["none"]["held_out"]["mean"] == pytest.approx(0.375)
+
+
+def test_a_selection_goes_by_held_out_pictures_and_the_first_of_equals(folder):
+    comparison = from_config(protocol.read(folder)["config"], folder)
+    (choice,) = choose(comparison, folder, "random", 1.0)
+    assert (choice.arm, choice.scores["layer_1"]) == ("layer_1", [0.25, 0.75])
+    assert "cli" not in choice.scores  # the best of all, but not among those to choose from
+    path = Run("random", 1.0, 1, "layer_1").workdir(folder) / "results_held_out.json"
+    path.write_text(json.dumps({"overall": {"exact_match": 0.5}}))
+    assert choose(comparison, folder, "random", 1.0)[0].arm == "none"
+    path.unlink()
+    assert choose(comparison, folder, "random", 1.0) == []
+
+
+def test_the_text_says_it_all(folder):
+    text = markdown(summary(folder), {"random_1": [("A title", "figures/a.png")]})
+    lines = text.splitlines()
+    head = next(line for line in lines if line.startswith("| arm | val, %"))
+    assert head == (
+        "| arm | val, % | val − none | colors, % | colors − none | held out, % | trained "
+        "| parameters | MFLOPs | ms/update |"
+    )
+    (cli,) = [line for line in lines if line.startswith("| cli | 37.5 ± 41.2 | +12.5 [")]
+    assert cli.endswith("| 100.0 ± 0.0 | 1,000 | 2,000 | 3.5 | 21 |")
+    assert "| none | 25.0 ± 35.4 |  | 50.0 ± 70.7 |  | 37.5 ± 17.7 |" in text
+    assert "| arm | color (6) | count (6) |" in lines
+    assert "| layer_1 | 50.0 | 25.0, 75.0 |" in lines
+    assert "Chosen on held-out training pictures, accuracy there: **layer_1**." in lines
+    assert "![A title](figures/a.png)" in lines
+    assert '| layer_1 | `{"fusion": {"name": "none", "none": {"vision_layer": 1}}}` |' not in lines
+    assert '`{"fusion": {"name": "none", "none": {"vision_layer": 1}}}` |' in text
+    assert "Steps: 2 in stage 1, 4 in stage 2, of 4 rows. Seeds: 0, 1." in text
+    assert "The code changed between runs" not in text
+
+
+def test_other_code_in_some_runs_is_said(folder):
+    path = Run("random", 1.0, 1, "cli").workdir(folder) / "run.json"
+    path.write_text(json.dumps({"revision": "abd", "devices": "1 x cpu"}))
+    assert "**The code changed between runs" in markdown(summary(folder), {})
+
+
+def test_figures_are_drawn_of_the_same(folder):
+    written = {path.name for path in report(folder)}
+    assert written >= {"results.md", "accuracy_val.png", "accuracy_colors.png", "curves.png"}
+    assert "selection_best_layer.png" in written
+    for path in (folder / "figures").rglob("*.png"):
+        assert f"]({path.relative_to(folder)})" in (folder / "results.md").read_text()
+
+
+def test_answers_to_other_questions_are_refused(folder):
+    path = Run("random", 1.0, 0, "cli").workdir(folder) / "predictions_val.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+    with pytest.raises(ValueError, match="does not answer the questions of"):
+        summary(folder)
+
+
+def test_missing_matplotlib_is_noticed_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("cli_jax.analysis.plots.importlib.util.find_spec", lambda name: None)
+    for call in (lambda: command.compare({}, tmp_path / "o"), lambda: command.redraw(tmp_path)):
+        with pytest.raises(PlotError, match="demo"):
+            call()
+    assert not (tmp_path / "o").exists()
