@@ -143,10 +143,10 @@ PATHS = (
     [
         ("ov0p5b_cli", (2e-6, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5)),
         ("ov7b_baseline", (2e-6, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5)),
-        ("ov7b_stage1", (None, 1e-3, None, None, None, None)),
+        ("ov7b_stage1", (None, 1e-3, None, None, 1e-3, 1e-3)),
         ("ov7b_cli_adapter", (None, None, None, None, 1e-4, 1e-4)),
         ("llava15_7b_cli", (None, 2e-5, 2e-5, 2e-5, 2e-5, 2e-5)),
-        ("llava15_7b_stage1", (None, 1e-3, None, None, None, None)),
+        ("llava15_7b_stage1", (None, 1e-3, None, None, 1e-3, 1e-3)),
     ],
 )
 def test_what_is_trained_at_which_rate(name, rates):
@@ -208,12 +208,16 @@ def test_layer_lists_and_words_are_both_accepted():
 
 
 @pytest.mark.parametrize("strategy", sorted(registry.STRATEGIES))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("pretrain")])
 def test_every_strategy_can_take_the_place_of_another(name, strategy):
     """With `--config.fusion.name` alone: its layers exist and its pictures have room."""
     config = module(name).get_config()
     config.lock()
     config.fusion.name = strategy
+    if (name, strategy) == ("llava15_7b_dpvr", "cli"):  # injects everywhere
+        with pytest.raises(ConfigError, match="inject before layer 18"):
+            experiment_lib.from_dict(config)
+        config.fusion.cli.inject = (0, 6, 12)
     experiment = experiment_lib.from_dict(config)
     model, cls = experiment.model, registry.get(strategy)
     assert cls.vision_layers(model.fusion, model.vision)[-1] <= model.vision.num_hidden_layers

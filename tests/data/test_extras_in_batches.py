@@ -35,7 +35,7 @@ CASES = pytest.mark.parametrize(
 
 def spec_of(image, extras, room=None):
     spec = SampleSpec.from_config(small.DATA, image, small.VISION, TOKENIZER, extras)
-    return dataclasses.replace(spec, room=room or Extent(1000, 500, 100, 9))
+    return dataclasses.replace(spec, room=room or Extent(1000, 500, 100, 9, 1000))
 
 
 @CASES
@@ -48,7 +48,8 @@ def test_every_picture_brings_its_own(tmp_path, image, extras):
         assert measure(row, str(tmp_path), spec) == sample.extent
     packed = [samples[:4], samples[4:]]
     used = np.max([np.sum([s.extent for s in row], axis=0) for row in packed], axis=0)
-    sizes = Sizes(2, *(int(n) + 2 for n in used), 8, N, extras.pooled, extras.stacks)
+    row = (int(n) + 2 for n in used[:4])
+    sizes = Sizes(2, *row, 8, N, pooled=extras.pooled, stacks=extras.stacks)
     batch = collate(packed, sizes)
     features = known_features(batch["pixel_values"], extras.pooled)
     pictures = 0
@@ -121,7 +122,7 @@ def test_rows_too_short_for_any_picture_are_refused():
 def test_what_is_too_long_with_them_is_dropped(tmp_path):
     row = small.row(0, image=small.picture(tmp_path, "a.png", 8, 8))
     tokens = make_sample(row, str(tmp_path), spec_of(PAD, NO_EXTRAS)).extent.tokens
-    room = Extent(tokens, 500, 100, 9)
+    room = Extent(tokens, 500, 100, 9, tokens)
     make_sample(row, str(tmp_path), spec_of(PAD, NO_EXTRAS, room))
     for make in (make_sample, measure):
         with pytest.raises(TooLong, match=f"{tokens + 2} tokens do not fit a row of {tokens}"):
