@@ -45,6 +45,19 @@ def experiment(fusion, scan):
     return train_tiny.experiment(**{k: base[k] for k in ("fusion", "compute", "model", "data")})
 
 
+def traced_products(e):
+    """FLOPs of a row's forward pass, by the tracer."""
+    setup = make_setup(e, jax.devices()[:1])
+    model = vlm.build(e.model, e.compute)
+
+    def forward(params, batch):
+        hidden = model.apply({"params": params}, batch).hidden
+        return model.apply({"params": params}, hidden, method="logits")
+
+    program = jax.make_jaxpr(forward)(setup.state.params, setup.batch)
+    return products(program.jaxpr) / e.data.batch_size
+
+
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize(
     "fusion",
@@ -64,20 +77,27 @@ def experiment(fusion, scan):
 def test_products_are_those_that_the_program_has(fusion, scan):
     """The tracer sees whole squares of attention and no gather: both are put right here."""
     e = experiment(fusion, scan)
-    setup = make_setup(e, jax.devices()[:1])
-    model = vlm.build(e.model, e.compute)
-    rows = e.data.batch_size
-
-    def forward(params, batch):
-        hidden = model.apply({"params": params}, batch).hidden
-        return model.apply({"params": params}, hidden, method="logits")
-
-    traced = products(jax.make_jaxpr(forward)(setup.state.params, setup.batch).jaxpr) / rows
+    traced = traced_products(e)
     row, text = flops.row_of(e), e.model.text
     counted = flops.forward(e.model, row)
     square = 2.0 * row.length**2 * text.num_attention_heads * text.head_dim
     attention = text.num_hidden_layers * square  # the half that causality leaves out
     assert sum(counted.values()) + attention == pytest.approx(traced, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "gathered"),  # widths of what passes the gather plan, which the tracer does not see
+    [("none", 32), ("sli", 4 * 32), ("layer_concat", 3 * 16), ("mmfuser", 32)],
+)
+def test_what_stands_between_tower_and_decoder_is_counted_exactly(name, gathered):
+    e, towers = experiment({"name": name}, True), experiment({"name": "none"}, True)
+    row, between = flops.row_of(e), ("fusion", "projector")
+    counted, base = flops.forward(e.model, row), flops.forward(towers.model, row)
+    counted = sum(counted[part] for part in between) - 8.0 * gathered * row.visual
+    base = sum(base[part] for part in between) - 8.0 * 32 * row.visual
+    traced = traced_products(e) - traced_products(towers)
+    assert counted - base == pytest.approx(traced, rel=1e-6)
+    assert counted > 0
 
 
 def test_a_step_is_three_forwards_where_everything_is_trained():
