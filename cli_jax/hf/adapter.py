@@ -121,7 +121,9 @@ def _same_config(folder: Path, name: str, stored: Mapping[str, Any], config: Any
 
 def check_base(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
     """Refuses a base model that is not, value for value, the adapter's own."""
-    found = fingerprint({n: t for n, t in base.items() if n.split(".")[0] in adapter.base_parts})
+    # A projector that it does without is no part of its base; anything else that is added there is.
+    parts = {*adapter.base_parts, *names.BASE} - ({names.PROJECTOR} - {*adapter.base_parts})
+    found = fingerprint({n: t for n, t in base.items() if n.split(".")[0] in parts})
     if found != adapter.base:
         raise ConversionError(
             f"the adapter in {adapter.folder} belongs to the base model {adapter.base}, not to this"
