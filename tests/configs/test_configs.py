@@ -123,10 +123,10 @@ PATHS = (
     [
         ("ov0p5b_cli", (2e-6, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5)),
         ("ov7b_baseline", (2e-6, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5)),
-        ("ov7b_stage1", (None, 1e-3, None, None, None, None)),
+        ("ov7b_stage1", (None, 1e-3, None, None, 1e-3, 1e-3)),
         ("ov7b_cli_adapter", (None, None, None, None, 1e-4, 1e-4)),
         ("llava15_7b_cli", (None, 2e-5, 2e-5, 2e-5, 2e-5, 2e-5)),
-        ("llava15_7b_stage1", (None, 1e-3, None, None, None, None)),
+        ("llava15_7b_stage1", (None, 1e-3, None, None, 1e-3, 1e-3)),
     ],
 )
 def test_what_is_trained_at_which_rate(name, rates):
