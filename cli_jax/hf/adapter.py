@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from cli_jax.config import ModelConfig
-from cli_jax.hf import names
 from cli_jax.hf.error import ConversionError
 from cli_jax.hf.source import ADAPTER_WEIGHTS, read_json
 from cli_jax.hf.tensor import Tensor, blocks, fingerprint
@@ -31,7 +30,7 @@ class Adapter:
     fusion_name: str
     fusion: dict[str, Any]
     base: str  # fingerprint
-    base_parts: tuple[str, ...]  # what it covers: a strategy may do without the projector
+    has_projector: bool  # False: the strategy does without, whatever the base model's is
     tensors: dict[str, StoredTensor]
 
     @property
@@ -58,7 +57,7 @@ def write_adapter(
     config = {
         "fusion": {"name": fusion_name, fusion_name: dataclasses.asdict(fusion)},
         "base_fingerprint": fingerprint(base),
-        "base_parts": [part for part in names.BASE if part in _parts(base)],
+        "has_projector": any(map(_of_projector, base)),
         "tensors": {path: list(tensor.shape) for path, tensor in tensors.items()},
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -76,8 +75,8 @@ def read_adapter(folder: Path) -> Adapter | None:
     try:
         name = values["fusion"]["name"]
         tensors = {n.replace(".", "/"): t for n, t in read_header(weights).items()}
-        base, parts = values["base_fingerprint"], tuple(values.get("base_parts", names.BASE))
-        return Adapter(folder, name, values["fusion"][name], base, parts, tensors)
+        base, has_projector = values["base_fingerprint"], values.get("has_projector", True)
+        return Adapter(folder, name, values["fusion"][name], base, has_projector, tensors)
     except (KeyError, TypeError) as error:
         raise ConversionError(f"{config} is not an adapter's description: {error!r}") from error
 
@@ -113,7 +112,9 @@ def open_adapter(folder: Path, model: ModelConfig, base: Mapping[str, Tensor]) -
 
 def check_base(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
     """Refuses a base model that is not, value for value, the adapter's own."""
-    found = fingerprint({n: t for n, t in base.items() if n.split(".")[0] in adapter.base_parts})
+    if not adapter.has_projector:
+        base = {name: tensor for name, tensor in base.items() if not _of_projector(name)}
+    found = fingerprint(base)
     if found != adapter.base:
         raise ConversionError(
             f"the adapter in {adapter.folder} belongs to the base model {adapter.base}, not to this"
@@ -121,8 +122,8 @@ def check_base(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
         )
 
 
-def _parts(base: Mapping[str, Tensor]) -> set[str]:
-    return {name.split(".")[0] for name in base}
+def _of_projector(name: str) -> bool:
+    return name.startswith("multi_modal_projector.")
 
 
 def match(adapter: Adapter, wanted: Mapping[str, Any]) -> dict[str, StoredTensor]:
