@@ -61,6 +61,7 @@ class MMFuser(base.Fusion):
                 f"fusion.mmfuser.layers is {config.layers!r}, layer {layers[0]} of this tower: name"
                 " at least one shallower layer, too"
             )
+        cls.heads(config, vision)
         return layers
 
     @classmethod

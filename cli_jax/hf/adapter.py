@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from cli_jax.config import ModelConfig
-from cli_jax.hf import names
 from cli_jax.hf.error import ConversionError
 from cli_jax.hf.source import ADAPTER_WEIGHTS, read_json
 from cli_jax.hf.tensor import Tensor, blocks, fingerprint
@@ -32,7 +31,7 @@ class Adapter:
     fusion: dict[str, Any]
     routing: dict[str, Any]
     base: str  # fingerprint
-    base_parts: tuple[str, ...]  # what it covers: a strategy may do without the projector
+    has_projector: bool  # False: the strategy does without, whatever the base model's is
     tensors: dict[str, StoredTensor]
 
     @property
@@ -59,7 +58,7 @@ def write_adapter(
         },
         "routing": dataclasses.asdict(model.routing),
         "base_fingerprint": fingerprint(base),
-        "base_parts": [part for part in names.BASE if part in _parts(base)],
+        "has_projector": any(map(_of_projector, base)),
         "tensors": {path: list(tensor.shape) for path, tensor in tensors.items()},
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -78,8 +77,8 @@ def read_adapter(folder: Path) -> Adapter | None:
         name = values["fusion"]["name"]
         tensors = {n.replace(".", "/"): t for n, t in read_header(weights).items()}
         routing = values.get("routing", {"name": "none"})
-        base, parts = values["base_fingerprint"], tuple(values.get("base_parts", names.BASE))
-        return Adapter(folder, name, values["fusion"][name], routing, base, parts, tensors)
+        base, has_projector = values["base_fingerprint"], values.get("has_projector", True)
+        return Adapter(folder, name, values["fusion"][name], routing, base, has_projector, tensors)
     except (KeyError, TypeError) as error:
         raise ConversionError(f"{config} is not an adapter's description: {error!r}") from error
 
@@ -121,9 +120,9 @@ def _same_config(folder: Path, name: str, stored: Mapping[str, Any], config: Any
 
 def check_base(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
     """Refuses a base model that is not, value for value, the adapter's own."""
-    # A projector that it does without is no part of its base; anything else that is added there is.
-    parts = {*adapter.base_parts, *names.BASE} - ({names.PROJECTOR} - {*adapter.base_parts})
-    found = fingerprint({n: t for n, t in base.items() if n.split(".")[0] in parts})
+    if not adapter.has_projector:
+        base = {name: tensor for name, tensor in base.items() if not _of_projector(name)}
+    found = fingerprint(base)
     if found != adapter.base:
         raise ConversionError(
             f"the adapter in {adapter.folder} belongs to the base model {adapter.base}, not to this"
@@ -131,8 +130,8 @@ def check_base(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
         )
 
 
-def _parts(base: Mapping[str, Tensor]) -> set[str]:
-    return {name.split(".")[0] for name in base}
+def _of_projector(name: str) -> bool:
+    return name.startswith("multi_modal_projector.")
 
 
 def match(adapter: Adapter, wanted: Mapping[str, Any]) -> dict[str, StoredTensor]:

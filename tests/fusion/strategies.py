@@ -41,7 +41,6 @@ ENTRIES = {
         "amp/lora_A|agf/query_(visual|hidden)|agf/gate_kernel",
     ),
     "sli": Entry(SLIConfig(taps=(1, 3, 5), start=1)),
-    "sli_means": Entry(SLIConfig(taps=((1, 2), 4))),
     "layer_concat": Entry(LayerConcatConfig(layers=(1, 3, 4))),
     "deepstack": Entry(DeepStackConfig()),
     "deepstack_early": Entry(DeepStackConfig(start=0)),

@@ -84,7 +84,10 @@ def test_decoder_layers_of_sli():
             lambda: MMFuser.vision_layers(MMFuserConfig(layers=(5,)), SIGLIP),
             "layer 5 of this tower: name at least one shallower layer",
         ),
-        (lambda: MMFuser.heads(MMFuserConfig(heads=7), SIGLIP), "width 1152 is not divisible"),
+        (
+            lambda: MMFuser.vision_layers(MMFuserConfig(heads=7), SIGLIP),
+            "width 1152 is not divisible",
+        ),
         (lambda: MMFuserConfig(points=0), r"fusion\.mmfuser\.points is 0: it must be >= 1"),
     ],
 )
