@@ -9,9 +9,9 @@ nothing, unless an encoder is given:
     --config.compare.encoders="({'name': 'pretrained', 'path': 'runs/tower'},)"
 
 Arms: `none` (the last vision layer), the best single layer instead, chosen on held-out training
-pictures, `none` with a projector of four times the width, CLI, CLI without gates, `sli`, `deepstack`
-and `layer_concat`. The budgets are provisional. What each setting means: cli_jax/compare/config.py. configs/compare_smoke.py tries
-the command in two minutes.
+pictures, `none` with a projector of four times the width, CLI, CLI without gates, `sli`,
+`deepstack` and `layer_concat`. The budgets are provisional. What each setting means:
+cli_jax/compare/config.py. configs/compare_smoke.py tries the command in two minutes.
 
 Hardware: 2 CPU cores.
 Time: not measured.
