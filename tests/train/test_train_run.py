@@ -101,14 +101,14 @@ def test_a_run_trains_evaluates_and_draws(experiment, tmp_path, monkeypatch, cap
 def test_an_interrupted_run_is_not_evaluated(experiment, tmp_path, monkeypatch, capsys):
     state = type("State", (), {"step": 2})
     stopped = loop.Result(None, state, complete=False)
-    monkeypatch.setattr(run_module, "train", lambda *_: stopped)
+    monkeypatch.setattr(run_module, "train", lambda *_, **__: stopped)
     assert run(experiment, str(tmp_path / "run")) is False
     assert "interrupted and saved after step 2: the same command" in capsys.readouterr().out
     assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_what_can_be_wrong_is_found_before_anything_is_trained(experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "train", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(run_module, "train", lambda *_, **__: pytest.fail("it trained"))
     missing = dataclasses.replace(experiment, eval=EvalConfig(path="nowhere.json"))
     with pytest.raises(ConfigError, match=r"config.eval.path=.*nowhere.json does not exist"):
         run(missing, str(tmp_path / "run"))
