@@ -145,6 +145,18 @@ def test_full_remat_recomputes():
     assert tanhs("full") == tanhs("none") + 1
 
 
+def test_a_step_outside_of_loops_is_computed_again_too():
+    """Layer 0 behind the only visit is in no loop, layers 1 to 3 are: two steps each way."""
+    h, weights, visits = values(4, (0,))
+
+    def total(weights):
+        how = {"points": (0,), "visit": visit, "visits": visits, "remat": "full"}
+        return jnp.sum(run(layer, h, weights, stop=4, unroll=False, **how)[0])
+
+    program = jax.jit(jax.grad(total)).lower(weights).compile().as_text()
+    assert program.count(" tanh(") == 4  # 3 where the compiler found the first one again
+
+
 def test_numbers_do_not_depend_on_the_cut():
     """Bit for bit in bfloat16, where XLA would keep more precision inside what it fuses."""
     h, weights, _ = values(5, (), jnp.bfloat16)
