@@ -30,6 +30,8 @@ def get_config() -> ConfigDict:
     config.name = "compare_small"
     config.eval.path = ""
     config.checkpoint.every = 500
+    # hidden-1181-0-3: the last number counts the arrangements of the same boxes.
+    config.data.update(held_out=0.1, scene=r"-\d(-[a-z]+)?$")
     width = config.model.text.hidden_size
     config.compare = ConfigDict(
         {
@@ -49,13 +51,7 @@ def get_config() -> ConfigDict:
             "encoders": ({"name": "scratch"},),
             "seeds": (0, 1, 2),
             "fractions": (1.0,),
-            # hidden-1181-0-3.png: the pictures of an example (1181) repeat each other's boxes.
-            "held_out": {
-                "share": 0.1,
-                "questions": 2,
-                "together": r"[^/]+(?=-\d+-\d+\.png$)",
-            },
-            "split_seed": 0,
+            "held_out_questions": 2,
             "stage1": {
                 "steps": 300,
                 "changes": {

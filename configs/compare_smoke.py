@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
         models.small_decoder(width=64, layers=2),
         {},
     )
-    config.data.batch_size = 32
+    config.data.update(batch_size=32, held_out=0.05)
     config.log.every = 5
     config.eval.path = ""
     config.compare = ConfigDict(
@@ -40,8 +40,7 @@ def get_config() -> ConfigDict:
             "encoders": ({"name": "scratch"},),
             "seeds": (0, 1),
             "fractions": (1.0,),
-            "held_out": {"share": 0.05, "questions": 1, "together": ""},
-            "split_seed": 0,
+            "held_out_questions": 1,
             "stage1": {
                 "steps": 10,
                 "changes": {

@@ -133,7 +133,7 @@ def read_pictures(experiment: Experiment) -> list[Picture]:
     for part in ("train", "held_out"):
         for file, _, root in zip(*open_sources(data, part), strict=True):
             rows = [file[i] for i in range(len(file))]
-            scenes = [scene_of(str(row.get("id")), data.scene) for row in rows]
+            scenes = [scene_of(row, data.scene) for row in rows]
             choosing = held_out_scenes(scenes, CHOOSE) if part == "train" else set()
             for row, scene in zip(rows, scenes, strict=True):
                 use = "score" if part == "held_out" else "choose" if scene in choosing else "fit"

@@ -84,7 +84,7 @@ def _run_all(comparison: Comparison, folder: Path) -> None:
 def _run(comparison: Comparison, folder: Path, run: Run, what: str, progress: Progress) -> None:
     """Trains and asks one run, and says how it did; what is finished is left alone."""
     settings = comparison.settings
-    names = [HELD_OUT] if settings.held_out.share else []
+    names = [HELD_OUT] if comparison.base.data.held_out else []
     if comparison.arm(run.arm).reported:
         names += comparison.eval_files
     for workdir, experiment in stages(comparison, folder, run):

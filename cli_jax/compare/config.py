@@ -75,19 +75,12 @@ class StageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOutConfig:
-    """Training pictures that no arm is trained on; selections and learning curves use them."""
-
-    share: float = 0.1
-    questions: int = 0  # at most so many of a picture, drawn once; 0 = all
-    # Pictures whose paths match this regular expression in the same text stay together, e.g.
-    # variants of one scene, and the bootstrap draws them as one; empty: each is on its own.
-    together: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class CompareConfig:
-    """The section `compare`. Each encoder, fraction, seed and arm is a run of stage 1, then 2."""
+    """The section `compare`. Each encoder, fraction, seed and arm is a run of stage 1, then 2.
+
+    The base's `data.held_out` and `data.scene` say which pictures no arm is trained on: selections
+    and learning curves use them. The bootstrap draws the pictures of a scene as one.
+    """
 
     arms: tuple[ArmConfig, ...]
     evals: tuple[EvalSetConfig, ...]
@@ -98,8 +91,7 @@ class CompareConfig:
     encoders: tuple[EncoderConfig, ...] = (EncoderConfig("random"),)
     seeds: tuple[int, ...] = (0,)
     fractions: tuple[float, ...] = (1.0,)  # of the training pictures that are not held out
-    held_out: HeldOutConfig = HeldOutConfig()
-    split_seed: int = 0  # of the order of pictures from which both splits are cut
+    held_out_questions: int = 0  # at most so many of a held-out picture, drawn once; 0 = all
     eval_every: int = 0  # stage-2 updates between points of the held-out curve; 0 = no curve
     draws: int = 10_000  # of the bootstrap
 
@@ -125,7 +117,7 @@ class Comparison:
         return dataclasses.replace(
             built,
             name=f"{built.name} {arm}",
-            data=dataclasses.replace(built.data, root=self.base.data.root),
+            data=dataclasses.replace(built.data, root=self.base.data.root, held_out=0.0),
             eval=dataclasses.replace(built.eval, path="", image_root="", limit=0),
             checkpoint=CheckpointConfig(every or built.checkpoint.every, keep=1, keep_every=every),
             total_steps=stage.steps,
@@ -169,6 +161,10 @@ def from_config(config: Mapping[str, Any], folder: str | Path) -> Comparison:
         for each in settings.evals
     )
     comparison = Comparison(raw, base, dataclasses.replace(settings, evals=located))
+    if not base.data.held_out and (settings.select or settings.eval_every):
+        raise ConfigError(
+            "config.data.held_out is 0: selections and compare.eval_every need held-out pictures"
+        )
     for arm in settings.arms:
         _check_arm(comparison, arm)
     return comparison
@@ -201,12 +197,8 @@ def _check(c: CompareConfig) -> None:
             raise ConfigError(
                 f"config.compare: the arm {arm.name!r} is neither reported nor in a selection"
             )
-    if not 0 <= c.held_out.share < 1 or not all(0 < f <= 1 for f in c.fractions):
-        raise ConfigError("config.compare: fractions are in (0, 1], held_out.share is in [0, 1)")
-    if not c.held_out.share and (c.select or c.eval_every):
-        raise ConfigError(
-            "config.compare.held_out.share is 0: selections and eval_every need held-out pictures"
-        )
+    if not all(0 < f <= 1 for f in c.fractions):
+        raise ConfigError("config.compare.fractions must be in (0, 1]")
     if c.stage2.steps < 1 or c.stage1.steps < 0 or c.eval_every < 0 or c.draws < 1:
         raise ConfigError(
             "config.compare: stage2.steps and draws are at least 1, others at least 0"

@@ -13,7 +13,7 @@ import numpy as np
 from cli_jax.compare.bootstrap import interval
 from cli_jax.compare.config import Comparison, EvalSetConfig
 from cli_jax.compare.runs import TRAINED, Run, predictions_name, result_name
-from cli_jax.compare.splits import HELD_OUT, pictures_of
+from cli_jax.compare.splits import HELD_OUT, scenes_of
 from cli_jax.experiment import ConfigError
 
 Json = dict[str, Any]
@@ -132,7 +132,7 @@ def _row(
                 _read_answers(comparison, folder, {s: base[s] for s in shared}, each),
             )
         row["sets"][each.name] = _scores(answers, pair, settings.draws)
-    if settings.held_out.share:
+    if comparison.base.data.held_out:
         results = [_read(run.workdir(folder) / result_name(HELD_OUT)) for run in own.values()]
         row["held_out"] = _spread([each["overall"]["exact_match"] for each in results])
     return row
@@ -167,7 +167,7 @@ def _read_answers(
 ) -> Answers:
     """The answers of finished runs to the questions of a set, in the file's order."""
     file = comparison.file_of(eval_set)
-    pictures, categories = pictures_of(folder, file)
+    scenes, categories = scenes_of(folder, file)
     wanted = [i for i, c in enumerate(categories) if c in (eval_set.categories or categories)]
     rows = []
     for run in runs.values():
@@ -176,13 +176,13 @@ def _read_answers(
         if [line["category"] for line in lines] != categories:
             raise ConfigError(f"{path} does not answer the questions of {eval_set.path}")
         rows.append([float(lines[i]["correct"]) for i in wanted])
-    return Answers(np.array(rows), [pictures[i] for i in wanted], [categories[i] for i in wanted])
+    return Answers(np.array(rows), [scenes[i] for i in wanted], [categories[i] for i in wanted])
 
 
 def _is_finished(comparison: Comparison, folder: Path, run: Run) -> bool:
     """Whether a run has answered every evaluation file."""
     workdir = run.workdir(folder)
-    names = [*comparison.eval_files, *([HELD_OUT] if comparison.settings.held_out.share else [])]
+    names = [*comparison.eval_files, *([HELD_OUT] if comparison.base.data.held_out else [])]
     return all((workdir / result_name(name)).is_file() for name in names)
 
 

@@ -2,7 +2,8 @@
 
 A scene is what several pictures may show (`data.scene`): NLVR has six arrangements of the same
 three boxes, and the strips of a meter repeat its photographs. It is held out whole or not at all,
-or what is measured on it would measure memory.
+or what is measured on it would measure memory. Pretraining, probes and comparisons hold out the
+same ones.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Part:
         self._file, self._captions = file, data.captions
         self._indices = np.arange(*rows)
         if data.held_out or part == "held_out":
-            scenes = [scene_of(_id(file, i), data.scene) for i in range(*rows)]
+            scenes = [scene_of(_row(file, i), data.scene) for i in range(*rows)]
             held_out = held_out_scenes(scenes, data.held_out)
             mine = [(scene in held_out) == (part == "held_out") for scene in scenes]
             self._indices = self._indices[mine]
@@ -51,10 +52,14 @@ class Part:
         return caption_row(row, self._captions) if self._captions else row
 
 
-def scene_of(row_id: str, pattern: str) -> str:
-    """A row's id without what the regular expression `pattern` finds in it."""
+def scene_of(row: Mapping[str, Any], pattern: str) -> str:
+    """A row's id without what the regular expression `pattern` finds in it.
+
+    Without a pattern every picture is a scene of its own.
+    """
+    row_id = str(row.get("id", ""))
     try:
-        return re.sub(pattern, "", row_id) if pattern else row_id
+        return re.sub(pattern, "", row_id) if pattern else str(row.get("image") or row_id)
     except re.error as error:
         raise ConfigError(
             f"config.data.scene={pattern!r} is not a regular expression: {error}"
@@ -62,20 +67,26 @@ def scene_of(row_id: str, pattern: str) -> str:
 
 
 def held_out_scenes(scenes: Iterable[str], share: float) -> set[str]:
-    """A share of the distinct scenes, at least one, drawn by a hash of their names.
+    """A share of the distinct scenes, at least one: the first ones in their order."""
+    if not 0 < share < 1:
+        raise ConfigError(f"config.data.held_out={share} is not a share between 0 and 1")
+    ranked = in_order(scenes)
+    return set(ranked[: max(1, round(share * len(ranked)))])
+
+
+def in_order(scenes: Iterable[str]) -> list[str]:
+    """The distinct scenes by a hash of their names.
 
     The same for every seed and every order of the rows, so that all encoders of a data set are
     measured on the same pictures, which none of them has seen.
     """
-    if not 0 < share < 1:
-        raise ConfigError(f"config.data.held_out={share} is not a share between 0 and 1")
-    ranked = sorted(set(scenes), key=lambda name: hashlib.sha256(name.encode()).digest())
-    return set(ranked[: max(1, round(share * len(ranked)))])
+    return sorted(set(scenes), key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
-def _id(file: Rows, index: int) -> str:
-    """A row's id; a row without one, or that cannot be read, is a scene of its own."""
+def _row(file: Rows, index: int) -> Mapping[str, Any]:
+    """A row with an id; one without, or that cannot be read, is a scene of its own."""
+    unknown = {"id": f"row {index}"}
     try:
-        return str(file[index]["id"])
-    except (KeyError, ValueError):
-        return f"row {index}"
+        return {**unknown, **file[index]}
+    except ValueError:
+        return unknown

@@ -68,6 +68,7 @@ def config(root: Path, **compare: Any) -> dict[str, Any]:
         "tiles_per_row": 1,
         "images_per_row": 1,
         "pack": False,
+        "held_out": 0.2,
     }
     base["eval"] = {"batch_size": 4, "max_new_tokens": 2}
     projector = {"pattern": "(multi_modal_projector|fusion)/.*|image_newline", "lr": 1e-2}
@@ -86,7 +87,6 @@ def config(root: Path, **compare: Any) -> dict[str, Any]:
                 {"name": "colors", "path": "val.json", "categories": ["color"]},
             ],
             "seeds": [0, 1],
-            "held_out": {"share": 0.2},
             "stage1": {"steps": 2, "changes": frozen},
             "stage2": {"steps": 4},
             "eval_every": 2,

@@ -52,9 +52,8 @@ def test_the_stages_of_a_run(tmp_path):
         ({"baseline": "layer_1"}, "'layer_1' is not reported"),
         ({"seeds": [0, 0]}, r"compare.seeds must not be empty or repeat: \[0, 0\]"),
         ({"arms": []}, "compare.arms must not be empty"),
-        ({"fractions": [0.0]}, r"fractions are in \(0, 1\]"),
+        ({"fractions": [0.0]}, r"fractions must be in \(0, 1\]"),
         ({"select": []}, "'layer_1' is neither reported nor in a selection"),
-        ({"held_out": {"share": 0.0}}, "selections and eval_every need held-out pictures"),
         ({"stage2": {"steps": 0}}, "stage2.steps and draws are at least 1"),
         (
             {"stage2": {"steps": 1, "changes": {"data": {}}}},

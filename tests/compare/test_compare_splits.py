@@ -8,6 +8,7 @@ from compare_tiny import TRAIN, config, turn, write_data
 
 from cli_jax.compare import splits
 from cli_jax.compare.config import from_config
+from cli_jax.data.sources import open_sources
 from cli_jax.experiment import ConfigError
 
 
@@ -16,8 +17,10 @@ def data(tmp_path):
     return write_data(tmp_path / "data")
 
 
-def cut(data, tmp_path, **compare):
-    comparison = from_config(config(data, **compare), tmp_path)
+def cut(data, tmp_path, held_out=0.2, scene="", **compare):
+    changed = config(data, **compare)
+    changed["data"] |= {"held_out": held_out, "scene": scene}
+    comparison = from_config(changed, tmp_path)
     return comparison, splits.cut(comparison)
 
 
@@ -56,33 +59,55 @@ def test_a_held_out_row_becomes_a_question_each(data, tmp_path):
     assert asked[1]["conversations"][0]["value"] == "<image>\nHow many?"
     assert len({row["id"] for row in asked}) == 8
     noted = json.loads(found.files["held_out_pictures.json"])
-    assert [name.lstrip("/") for name in noted["pictures"]] == [row["image"] for row in asked]
-    _, fewer = cut(data, tmp_path, held_out={"share": 0.2, "questions": 1})
+    assert [str(data / name).lstrip("/") for name in noted["scenes"]] == [
+        row["image"] for row in asked
+    ]
+    _, fewer = cut(data, tmp_path, held_out_questions=1)
     assert len(rows(fewer, "held_out.jsonl")) == 4
 
 
-def test_the_seed_of_the_split_decides_and_nothing_else(data, tmp_path):
-    files = [
-        cut(data, tmp_path, **change)[1].files for change in ({}, {"seeds": [5]}, {"split_seed": 1})
-    ]
-    assert files[0] == files[1]
-    assert files[0]["held_out.jsonl"] != files[2]["held_out.jsonl"]
+def test_the_split_depends_on_the_scenes_and_nothing_else(data, tmp_path):
+    _, found = cut(data, tmp_path)
+    path = data / "train.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[::-1]))
+    _, again = cut(data, tmp_path, seeds=[5])
+    for name in ("train_1_0.jsonl", "held_out.jsonl"):
+        assert pictures(found, name, "/") == pictures(again, name, "/")
+
+
+def name_ids_by_pictures(data):
+    """train/scene3-1.png becomes the id scene3-1, and in val.json scene3-1-color."""
+    for name in ("train.json", "val.json"):
+        content = json.loads((data / name).read_text())
+        for row in content:
+            end = f"-{row['category']}" if "category" in row else ""
+            row["id"] = row["image"].rsplit("/", 1)[-1].removesuffix(".png") + end
+        (data / name).write_text(json.dumps(content))
 
 
 def test_variants_of_a_scene_stay_together(data, tmp_path):
-    scene = r"scene\d+"
-    _, found = cut(data, tmp_path, held_out={"share": 0.3, "together": scene}, fractions=[0.5])
+    name_ids_by_pictures(data)
+    _, found = cut(data, tmp_path, held_out=0.3, scene=r"-\d(-[a-z]+)?$", fractions=[0.5])
     parts = [
-        {row["image"].rsplit("/", 1)[-1].split("-")[0] for row in rows(found, name)}
+        {row["id"].split("-")[0] for row in rows(found, name)}
         for name in ("train_0.5_0.jsonl", "held_out.jsonl")
     ]
     assert not parts[0] & parts[1]
     assert len(rows(found, "train_0.5_0.jsonl")) == 2 * len(parts[0])
     # 6 val pictures of 3 scenes are 3 things to draw.
     assert found.report["evals"]["val"]["pictures"] == 6
-    assert len(set(json.loads(found.files["val_pictures.json"])["pictures"])) == 3
-    with pytest.raises(ConfigError, match=r"together='meter' does not match"):
-        cut(data, tmp_path, held_out={"share": 0.3, "together": "meter"})
+    assert set(json.loads(found.files["val_pictures.json"])["scenes"]) == {
+        *("scene10", "scene11", "scene12")
+    }
+
+
+def test_pretraining_on_the_same_data_holds_out_the_same_pictures(data, tmp_path):
+    name_ids_by_pictures(data)
+    comparison, found = cut(data, tmp_path, scene=r"-\d$")
+    ((file,), _, _) = open_sources(comparison.base.data, "held_out")
+    held_out = {str(data / file[i]["image"]) for i in range(len(file))}
+    assert len(held_out) == 4
+    assert held_out == pictures(found, "held_out.jsonl", "/")
 
 
 def add_row(data, name, image):
@@ -138,7 +163,9 @@ def test_several_files_keep_their_rows_and_weights(data, tmp_path):
 
 
 def test_nothing_may_be_empty(data, tmp_path):
-    with pytest.raises(ConfigError, match=r"held_out.share=0.01 of 20 pictures"):
-        cut(data, tmp_path, held_out={"share": 0.01})
+    with pytest.raises(ConfigError, match=r"held_out=0.99 leaves no row of .* to train on"):
+        cut(data, tmp_path, held_out=0.99)
+    with pytest.raises(ConfigError, match=r"held_out is 0: selections .* need held-out pictures"):
+        cut(data, tmp_path, held_out=0)
     with pytest.raises(ConfigError, match=r"has no category 'shape'; it has \['color', 'count'\]"):
         cut(data, tmp_path, evals=[{"name": "val", "path": "val.json", "categories": ["shape"]}])

@@ -32,7 +32,7 @@ def folder(tmp_path):
     folder.mkdir()
     protocol.fix(comparison, cut.report, folder)
     splits.write(cut, folder)
-    _, categories = splits.pictures_of(folder, "val")
+    _, categories = splits.scenes_of(folder, "val")
     for arm, seeds in RIGHT.items():
         for seed, right in enumerate(seeds):
             workdir = Run("random", 1.0, seed, arm).workdir(folder)
@@ -74,10 +74,10 @@ def test_the_numbers(folder):
     assert cli["std"] == pytest.approx(7 / 12 / np.sqrt(2))
     # cli - none: seed 0 gains two counts of pictures 0 and 1, seed 1 a color of picture 0.
     assert cli["difference"]["mean"] == pytest.approx(3 / 24)
-    pictures, _ = splits.pictures_of(folder, "val")
+    scenes, _ = splits.scenes_of(folder, "val")
     differences = np.zeros((2, 12))
     differences[0, [1, 3]] = differences[1, 0] = 1
-    assert cli["difference"] == interval(differences, pictures, draws=200)._asdict()
+    assert cli["difference"] == interval(differences, scenes, draws=200)._asdict()
     assert cli["categories"]["count"]["difference"]["mean"] == pytest.approx(2 / 12)
     assert cli["categories"]["color"]["by_seed"] == [1.0, 1 / 6]
     assert (cli["questions"], cli["resampled"]) == (12, 6)

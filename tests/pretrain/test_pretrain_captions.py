@@ -157,10 +157,11 @@ def test_rows_are_cut_before_scenes_are_held_out(tmp_path):
 
 
 def test_scenes_of_ids():
-    assert scene_of("hidden-1181-0-5", r"-\d$") == "hidden-1181-0"
-    assert scene_of("collected_lcd-0012", r"-\d$") == "collected_lcd-0012"
-    assert scene_of("collected_lcd-0012", r"-\d+$") == "collected_lcd"
-    assert scene_of("any-1", "") == "any-1"
+    assert scene_of({"id": "hidden-1181-0-5"}, r"-\d$") == "hidden-1181-0"
+    assert scene_of({"id": "collected_lcd-0012"}, r"-\d$") == "collected_lcd-0012"
+    assert scene_of({"id": "collected_lcd-0012"}, r"-\d+$") == "collected_lcd"
+    assert scene_of({"id": "any-1"}, "") == "any-1"
+    assert scene_of({"id": "any-1", "image": "some.png"}, "") == "some.png"
 
 
 @pytest.mark.parametrize(
