@@ -49,6 +49,14 @@ class SelectionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ContrastConfig:
+    """A difference of two arms, or selections, that the comparison was made for."""
+
+    arm: str
+    against: str
+
+
+@dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """A pretrained vision tower (see Experiment.tower_from); an empty path: a random one."""
 
@@ -88,6 +96,7 @@ class CompareConfig:
     stage1: StageConfig = StageConfig(steps=0)
     baseline: str = "none"  # the arm that the others are compared with
     select: tuple[SelectionConfig, ...] = ()
+    contrasts: tuple[ContrastConfig, ...] = ()
     encoders: tuple[EncoderConfig, ...] = (EncoderConfig("random"),)
     seeds: tuple[int, ...] = (0,)
     fractions: tuple[float, ...] = (1.0,)  # of the training pictures that are not held out
@@ -191,6 +200,13 @@ def _check(c: CompareConfig) -> None:
             raise ConfigError(f"config.compare: there is no arm {name!r}; the arms are {names}")
     if not next(arm for arm in c.arms if arm.name == c.baseline).reported:
         raise ConfigError(f"config.compare.baseline: the arm {c.baseline!r} is not reported")
+    shown = [*(arm.name for arm in c.arms if arm.reported), *(each.name for each in c.select)]
+    for name in (name for each in c.contrasts for name in (each.arm, each.against)):
+        if name not in shown:
+            raise ConfigError(
+                f"config.compare.contrasts: {name!r} is no reported arm and no selection; there "
+                f"are {shown}"
+            )
     chosen = {name for each in c.select for name in each.arms}
     for arm in c.arms:
         if not arm.reported and arm.name not in chosen:

@@ -10,6 +10,7 @@ from etils import epath
 
 from cli_jax.compare import plots, protocol
 from cli_jax.compare.config import Comparison, from_config
+from cli_jax.compare.contrasts import contrasts
 from cli_jax.compare.runs import Run
 from cli_jax.compare.summary import summarize
 from cli_jax.compare.table import cell_name, markdown
@@ -23,6 +24,7 @@ def report(folder: Path) -> list[Path]:
     fixed = protocol.read(folder)
     comparison = from_config(fixed["config"], folder)
     results = summarize(comparison, folder, fixed)
+    results["contrasts"] = contrasts(comparison, folder)
     figures = {
         cell_name(cell): _draw(comparison, folder, results, cell) for cell in results["cells"]
     }

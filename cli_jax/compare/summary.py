@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from cli_jax.compare.answers import Answers, is_finished, read_answers
 from cli_jax.compare.bootstrap import interval
-from cli_jax.compare.config import Comparison, EvalSetConfig
-from cli_jax.compare.runs import TRAINED, Run, predictions_name, result_name
-from cli_jax.compare.splits import HELD_OUT, scenes_of
-from cli_jax.experiment import ConfigError
+from cli_jax.compare.config import Comparison
+from cli_jax.compare.runs import TRAINED, Run, result_name
+from cli_jax.compare.splits import HELD_OUT
 
 Json = dict[str, Any]
 COSTS = ("parameters", "trained_parameters", "forward_flops", "update_flops")
@@ -27,15 +27,6 @@ class Choice:
     name: str
     arm: str
     scores: dict[str, list[float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """Correctness [S, Q] by seed and question, and what the questions are about."""
-
-    correct_SxQ: np.ndarray
-    pictures: list[str]
-    categories: list[str]
 
 
 def choose(comparison: Comparison, folder: Path, encoder: str, fraction: float) -> list[Choice]:
@@ -106,7 +97,7 @@ def _row(
     def runs_of(name: str) -> dict[int, Run]:
         """The finished runs of an arm by seed."""
         runs = {seed: Run(encoder, fraction, seed, name) for seed in settings.seeds}
-        return {seed: run for seed, run in runs.items() if _is_finished(comparison, folder, run)}
+        return {seed: run for seed, run in runs.items() if is_finished(comparison, folder, run)}
 
     own, base = runs_of(arm), runs_of(settings.baseline)
     row: Json = {
@@ -123,13 +114,13 @@ def _row(
     row["seconds_per_update"] = statistics.median(times) if times else None
     row["sets"] = {}
     for each in settings.evals:
-        answers = _read_answers(comparison, folder, own, each)
+        answers = read_answers(comparison, folder, list(own.values()), each)
         shared = [seed for seed in own if seed in base and arm != settings.baseline]
         pair = None
         if shared:
             pair = (
-                _read_answers(comparison, folder, {s: own[s] for s in shared}, each),
-                _read_answers(comparison, folder, {s: base[s] for s in shared}, each),
+                read_answers(comparison, folder, [own[seed] for seed in shared], each),
+                read_answers(comparison, folder, [base[seed] for seed in shared], each),
             )
         row["sets"][each.name] = _scores(answers, pair, settings.draws)
     if comparison.base.data.held_out:
@@ -142,48 +133,24 @@ def _scores(answers: Answers, pair: tuple[Answers, Answers] | None, draws: int) 
     """Accuracy of a set's questions, overall and by category, and the paired difference."""
 
     def of(chosen_Q: np.ndarray) -> Json:
-        pictures = [answers.pictures[i] for i in np.flatnonzero(chosen_Q)]
+        scenes = [answers.scenes[i] for i in np.flatnonzero(chosen_Q)]
         correct_SxQ = answers.correct_SxQ[:, chosen_Q]
-        _, low, high = interval(correct_SxQ, pictures, draws=draws)
+        _, low, high = interval(correct_SxQ, scenes, draws=draws)
         found = _spread(correct_SxQ.mean(axis=1).tolist()) | {
-            "questions": len(pictures),
-            "resampled": len(set(pictures)),
+            "questions": len(scenes),
+            "resampled": len(set(scenes)),
             "interval": [low, high],
             "difference": None,
         }
         if pair:
             own, base = (each.correct_SxQ[:, chosen_Q] for each in pair)
-            found["difference"] = interval(own - base, pictures, draws=draws)._asdict()
+            found["difference"] = interval(own - base, scenes, draws=draws)._asdict()
         return found
 
     categories = np.array(answers.categories)
     return of(np.ones(len(categories), bool)) | {
         "categories": {name: of(categories == name) for name in sorted(set(answers.categories))}
     }
-
-
-def _read_answers(
-    comparison: Comparison, folder: Path, runs: dict[int, Run], eval_set: EvalSetConfig
-) -> Answers:
-    """The answers of finished runs to the questions of a set, in the file's order."""
-    file = comparison.file_of(eval_set)
-    scenes, categories = scenes_of(folder, file)
-    wanted = [i for i, c in enumerate(categories) if c in (eval_set.categories or categories)]
-    rows = []
-    for run in runs.values():
-        path = run.workdir(folder) / predictions_name(file)
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        if [line["category"] for line in lines] != categories:
-            raise ConfigError(f"{path} does not answer the questions of {eval_set.path}")
-        rows.append([float(lines[i]["correct"]) for i in wanted])
-    return Answers(np.array(rows), [scenes[i] for i in wanted], [categories[i] for i in wanted])
-
-
-def _is_finished(comparison: Comparison, folder: Path, run: Run) -> bool:
-    """Whether a run has answered every evaluation file."""
-    workdir = run.workdir(folder)
-    names = [*comparison.eval_files, *([HELD_OUT] if comparison.base.data.held_out else [])]
-    return all((workdir / result_name(name)).is_file() for name in names)
 
 
 def _spread(values: list[float]) -> Json:

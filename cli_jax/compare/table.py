@@ -22,6 +22,8 @@ the median of stage 2's updates, waiting for data included, runs one after anoth
 def markdown(results: Json, figures: dict[str, list[tuple[str, str]]]) -> str:
     """The report's text. figures: of each cell's name, (title, path relative to the report)."""
     blocks = [f"# {results['name']}", _header(results)]
+    if results["contrasts"]:
+        blocks += ["## Contrasts", _contrasts_table(results["contrasts"])]
     for cell in results["cells"]:
         blocks += _cell(results, cell, figures.get(cell_name(cell), []))
     return "\n\n".join(blocks) + "\n"
@@ -83,6 +85,18 @@ def _cell(results: Json, cell: Json, figures: list[tuple[str, str]]) -> list[str
     if cell["rows"]:
         blocks += ["### What the arms change", _changes_table(cell["rows"])]
     return blocks
+
+
+def _contrasts_table(contrasts: Sequence[Json]) -> str:
+    body = [
+        [
+            f"{each['contrast']}, {each['fraction']:.0%} of the data",
+            f"{each['encoder']} ({each['pairs']})",
+            *map(_difference, each["sets"].values()),
+        ]
+        for each in contrasts
+    ]
+    return _table(["contrast", "encoder (pairs of runs)", *contrasts[0]["sets"]], body)
 
 
 def _main_table(results: Json, rows: Sequence[Json]) -> str:

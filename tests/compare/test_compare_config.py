@@ -50,6 +50,10 @@ def test_the_stages_of_a_run(tmp_path):
     [
         ({"baseline": "sli"}, r"there is no arm 'sli'; the arms are \['none', 'cli', 'layer_1'\]"),
         ({"baseline": "layer_1"}, "'layer_1' is not reported"),
+        (
+            {"contrasts": [{"arm": "cli", "against": "layer_1"}]},
+            "'layer_1' is no reported arm and no selection",
+        ),
         ({"seeds": [0, 0]}, r"compare.seeds must not be empty or repeat: \[0, 0\]"),
         ({"arms": []}, "compare.arms must not be empty"),
         ({"fractions": [0.0]}, r"fractions must be in \(0, 1\]"),

@@ -1,6 +1,7 @@
 """The report of answers that were written by hand: every number can be checked on paper."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from cli_jax.analysis.plots import PlotError
 from cli_jax.compare import command, protocol, splits
 from cli_jax.compare.bootstrap import interval
 from cli_jax.compare.config import from_config
+from cli_jax.compare.contrasts import contrasts
 from cli_jax.compare.report import report
 from cli_jax.compare.runs import Run
 from cli_jax.compare.summary import choose, summarize
@@ -22,12 +24,13 @@ RIGHT = {
     "layer_1": ["111111111111", "111111111111"],
 }
 HELD_OUT = {"none": [0.5, 0.25], "layer_1": [0.25, 0.75], "cli": [1.0, 1.0]}
+CONTRASTS = [{"arm": "cli", "against": "none"}, {"arm": "cli", "against": "best layer"}]
 
 
 @pytest.fixture
 def folder(tmp_path):
     data, folder = write_data(tmp_path / "data"), tmp_path / "out"
-    comparison = from_config(config(data), folder)
+    comparison = from_config(config(data, contrasts=CONTRASTS), folder)
     cut = splits.cut(comparison)
     folder.mkdir()
     protocol.fix(comparison, cut.report, folder)
@@ -60,7 +63,8 @@ def folder(tmp_path):
 
 def summary(folder):
     fixed = protocol.read(folder)
-    return summarize(from_config(fixed["config"], folder), folder, fixed)
+    comparison = from_config(fixed["config"], folder)
+    return summarize(comparison, folder, fixed) | {"contrasts": contrasts(comparison, folder)}
 
 
 def test_the_numbers(folder):
@@ -100,6 +104,32 @@ def test_a_selection_goes_by_held_out_pictures_and_the_first_of_equals(folder):
     assert choose(comparison, folder, "random", 1.0)[0].arm == "none"
     path.unlink()
     assert choose(comparison, folder, "random", 1.0) == []
+
+
+def test_contrasts_pair_runs_over_all_encoders(folder):
+    fixed = protocol.read(folder)
+    raw = fixed["config"] | {"compare": {**fixed["config"]["compare"]}}
+    raw["compare"]["encoders"] = [{"name": "random"}, {"name": "other"}]
+    raw["compare"]["seeds"] = [0, 1]
+    # The other encoder's first seed answers as the first one's; its second seed is not finished.
+    for arm in RIGHT:
+        shutil.copytree(
+            *(Run(each, 1.0, 0, arm).workdir(folder) for each in ("random", "other")),
+        )
+    comparison = from_config(raw, folder)
+    rows = {(r["contrast"], r["encoder"]): r for r in contrasts(comparison, folder)}
+    every, first, second = (rows["cli − none", name] for name in ("all", "random", "other"))
+    assert [each["pairs"] for each in (every, first, second)] == [3, 2, 1]
+    assert every["sets"]["val"]["by_pair"] == pytest.approx([2 / 12, 1 / 12, 2 / 12])
+    assert every["sets"]["val"]["mean"] == pytest.approx(5 / 36)
+    assert second["sets"]["colors"]["by_pair"] == [0.0]
+    # Nothing is chosen for the other encoder while a candidate is not finished.
+    assert rows["cli − best layer", "all"]["sets"]["val"]["mean"] == pytest.approx(-15 / 24)
+    assert ("cli − best layer", "other") not in rows
+    text = markdown(summary(folder), {}).splitlines()
+    assert "| contrast | encoder (pairs of runs) | val | colors |" in text
+    (line,) = [line for line in text if line.startswith("| cli − none, 100% of the data")]
+    assert line.startswith("| cli − none, 100% of the data | all (2) | +12.5 [")
 
 
 def test_the_text_says_it_all(folder):
