@@ -20,7 +20,7 @@ Expected result: not measured.
 
 from ml_collections import ConfigDict
 
-from configs import arms, common, nlvr_counts
+from configs import arms, nlvr_counts
 
 LAYERS = (1, 2)  # below the last one, which is `none`
 
@@ -52,17 +52,7 @@ def get_config() -> ConfigDict:
             "seeds": (0, 1, 2),
             "fractions": (1.0,),
             "held_out_questions": 2,
-            "stage1": {
-                "steps": 300,
-                "changes": {
-                    # One pattern for all that is new, since `none` adds nothing to the projector.
-                    "optimizer": {
-                        "groups": common.train_only(
-                            "(multi_modal_projector|fusion)/.*|image_newline", lr=2e-3
-                        )
-                    }
-                },
-            },
+            "stage1": arms.stage1(steps=300, lr=2e-3),
             "stage2": {"steps": 2000, "changes": {}},
             "eval_every": 500,
             "draws": 10_000,
