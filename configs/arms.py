@@ -1,9 +1,11 @@
-"""Parts of comparisons: arms, and sweeps that become arms."""
+"""Parts of comparisons: arms, sweeps that become arms, and the first stage."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+
+from configs import common
 
 Arm = dict[str, Any]
 
@@ -31,3 +33,10 @@ def single_layers(layers: Iterable[int]) -> tuple[Arm, ...]:
 def best_single_layer(*candidates: str) -> dict[str, Any]:
     """The selection of the best arm of a sweep on held-out training pictures."""
     return {"name": "best single layer", "arms": candidates}
+
+
+def stage1(steps: int, lr: float) -> dict[str, Any]:
+    """The first stage of every arm: it trains all between tower and decoder, and the newline."""
+    # One pattern, since one that matches nothing is refused and `none` has no `fusion/`.
+    pattern = f"{common.CONNECTOR}|image_newline"
+    return {"steps": steps, "changes": {"optimizer": {"groups": common.train_only(pattern, lr=lr)}}}

@@ -41,16 +41,7 @@ def get_config() -> ConfigDict:
             "seeds": (0, 1),
             "fractions": (1.0,),
             "held_out_questions": 1,
-            "stage1": {
-                "steps": 10,
-                "changes": {
-                    "optimizer": {
-                        "groups": common.train_only(
-                            "(multi_modal_projector|fusion)/.*|image_newline", lr=2e-3
-                        )
-                    }
-                },
-            },
+            "stage1": arms.stage1(steps=10, lr=2e-3),
             "stage2": {"steps": 40, "changes": {}},
             "eval_every": 20,
             "draws": 2000,

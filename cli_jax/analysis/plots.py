@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
+
+from cli_jax.train.workdir import read_lines
 
 DPI = 200
 ANNOTATE_UP_TO = 12  # cells along either side; more would not be readable
@@ -99,7 +100,7 @@ def loss_curve(metrics: epath.PathLike, path: epath.PathLike, per: str = "token"
     metrics = epath.Path(metrics)
     if not metrics.is_file():
         raise PlotError(f"{metrics} does not exist: give the metrics.jsonl that train.py wrote")
-    lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.strip()]
+    lines = read_lines(metrics)
     # A resumed run writes some steps again: the later line of a step is the one that counts.
     points = {line["step"]: line["loss"] for line in lines if "step" in line and "loss" in line}
     if not points:

@@ -16,6 +16,7 @@ from cli_jax.compare.config import Comparison
 from cli_jax.compare.runs import Run, result_name
 from cli_jax.compare.splits import HELD_OUT
 from cli_jax.train import metrics
+from cli_jax.train.workdir import read_lines
 
 Json = dict[str, Any]
 Points = dict[int, float]  # by step
@@ -133,7 +134,7 @@ def read_curves(comparison: Comparison, folder: Path, cell: Json) -> list[Curves
             stage: [
                 {line["step"]: line["loss"] for line in lines}
                 for run in runs
-                if (lines := metrics.read(epath.Path(run.folder(folder) / stage)))
+                if (lines := read_lines(run.folder(folder) / stage / metrics.FILE))
             ]
             for stage in ("stage1", "stage2")
         }

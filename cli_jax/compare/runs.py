@@ -33,6 +33,7 @@ from cli_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from cli_jax.train.loop import Result, train
 from cli_jax.train.run import open_data
 from cli_jax.train.state import flatten
+from cli_jax.train.workdir import read_lines
 
 TRAINED = "trained.json"
 STAGES = ("stage1", "stage2")
@@ -224,7 +225,7 @@ def _cost(result: Result, workdir: Path) -> dict[str, Any]:
 def _seconds_per_update(workdir: Path) -> float | None:
     """Median over the logged windows, waiting for data included; the first, still cold, counts
     only if it is the only one."""
-    lines = goodput.read(epath.Path(workdir))
+    lines = read_lines(workdir / goodput.LINES)
     windows = [
         (line["seconds"].get("step", 0.0) + line["seconds"].get("data", 0.0))
         / (line["step"] - before["step"])

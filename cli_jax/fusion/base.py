@@ -7,7 +7,7 @@ know nothing of strategies: they are given layer indices and an `Injection`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -47,6 +47,20 @@ class Row(NamedTuple):
     tiles: int
     images: int = 1
     text: int = 0
+
+
+class Copy(NamedTuple):
+    """What a new parameter starts as: another one, or a layer of a stacked one.
+
+    Leading axes that the other does not have are filled with copies. What a run starts from has the
+    last word: the other is copied as loaded, and a parameter that was loaded itself stays.
+    """
+
+    path: str
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.layer is None else f"{self.path}, layer {self.layer}"
 
 
 class Fused(NamedTuple):
@@ -117,12 +131,8 @@ class Fusion(nn.Module):
         return True
 
     @classmethod
-    def copies(cls, config: Any) -> dict[str, str]:
-        """New parameters that start as copies of others, {path: path of the other}.
-
-        A leading axis that the other does not have is filled with copies. What a run starts from
-        has the last word: the other is copied as loaded, and what was loaded itself stays.
-        """
+    def copies(cls, config: Any, paths: Iterable[str]) -> dict[str, Copy]:
+        """Those of the model's `paths` that start as copies."""
         return {}
 
     @classmethod

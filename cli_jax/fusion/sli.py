@@ -10,6 +10,7 @@ layers 8, 16 and 24 of 27, added after decoder layers 0, 1 and 2.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +24,7 @@ from cli_jax.model.decoder import Injection
 from cli_jax.model.gather import place
 from cli_jax.model.projector import Projector
 
-_PROJECTOR = ("linear_1/kernel", "linear_1/bias", "linear_2/kernel", "linear_2/bias")
+_PROJECTORS = "fusion/projectors/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +101,12 @@ class SLI(base.Fusion):
         return float(config.count * each)  # every injection reads its own
 
     @classmethod
-    def copies(cls, config: SLIConfig) -> dict[str, str]:
-        return {f"fusion/projectors/{name}": f"multi_modal_projector/{name}" for name in _PROJECTOR}
+    def copies(cls, config: SLIConfig, paths: Iterable[str]) -> dict[str, base.Copy]:
+        return {
+            path: base.Copy("multi_modal_projector/" + path.removeprefix(_PROJECTORS))
+            for path in paths
+            if path.startswith(_PROJECTORS)
+        }
 
     @classmethod
     def flops(cls, config: SLIConfig, model: ModelConfig, row: base.Row) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from cli_jax.experiment import Experiment, from_dict
+from cli_jax.experiment import DataConfig, Experiment, from_dict
 from cli_jax.hf.adapter import read_adapter
 from cli_jax.hf.checkpoint import read
 from cli_jax.hf.source import read_json
@@ -21,12 +21,15 @@ def describe(folder: str | Path, dtype: str) -> Experiment:
     """The experiment of a LLaVA checkpoint in any known naming, computed in `dtype`.
 
     The tokenizer is the folder's, the template that of the decoder's family; an adapter in the
-    folder brings its fusion strategy, without one it is `none`. Raises ConversionError.
+    folder brings its fusion strategy and routing, `none` without one. Raises ConversionError.
     """
     folder = Path(folder)
     checkpoint = read(folder)
     adapter = read_adapter(folder)
     name, fusion = (adapter.fusion_name, adapter.fusion) if adapter else ("none", {})
+    routing = adapter.routing if adapter else {"name": "none"}
+    # A routing wants some limit; rows of questions are sized by what they hold.
+    text_per_row = 0 if routing["name"] == "none" else DataConfig.row_length
     return from_dict(
         {
             "name": folder.absolute().name,
@@ -37,7 +40,12 @@ def describe(folder: str | Path, dtype: str) -> Experiment:
                 "has_newline": checkpoint.has_newline,
             },
             "fusion": {"name": name, name: fusion},
-            "data": {"tokenizer": str(folder), "template": checkpoint.template},
+            "routing": routing,
+            "data": {
+                "tokenizer": str(folder),
+                "template": checkpoint.template,
+                "text_per_row": text_per_row,
+            },
             "compute": {"dtype": dtype, "remat": "none"},
         }
     )

@@ -111,9 +111,10 @@ def make_arrays(
 
 
 def _check_model(abstract: Mapping[str, Any], base: Mapping[str, names.Leaf]) -> None:
-    """The base model's parameters must be those that the name map knows, but for a projector of
-    the fusion strategy's."""
-    known = {path.split("/")[0] for path in base}
+    """The base model's parameters must be those that the name map knows."""
+    modules = set(names.BASE)
+    if not any(path.startswith(names.PROJECTOR) for path in base):
+        modules.remove(names.PROJECTOR)  # the fusion strategy has its own or does without
     wrong = [
         f"{path}: name map {leaf.shape}, model {abstract[path].shape if path in abstract else None}"
         for path, leaf in base.items()
@@ -122,7 +123,7 @@ def _check_model(abstract: Mapping[str, Any], base: Mapping[str, names.Leaf]) ->
     wrong += [
         f"{path}: unknown to the name map"
         for path in abstract
-        if path.split("/")[0] in {*names.BASE} - ({names.PROJECTOR} - known) and path not in base
+        if path.split("/")[0] in modules and path not in base
     ]
     if wrong:
         raise ConversionError("\n  ".join(["the model is not the one of its config:", *wrong]))

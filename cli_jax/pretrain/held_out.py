@@ -22,6 +22,7 @@ from cli_jax.text import load_tokenizer
 from cli_jax.train.loop import say, to_device
 from cli_jax.train.setup import Setup
 from cli_jax.train.state import Params, TrainState
+from cli_jax.train.workdir import read_lines
 
 FILE = "held_out.jsonl"
 
@@ -41,7 +42,7 @@ class HeldOut:
         step = int(state.step)
         line = {"step": step, **self.measure(setup, state.params)}
         if jax.process_index() == 0:
-            kept = [old for old in read(self._path) if old["step"] < step]
+            kept = [old for old in read_lines(self._path) if old["step"] < step]
             self._path.write_text("".join(json.dumps(each) + "\n" for each in (*kept, line)))
         say(
             f"step {step}: {line['retrieval']:.1%} of {line['pictures']} held-out pictures find "
@@ -119,9 +120,3 @@ def read_samples(experiment: Experiment) -> tuple[list[Sample], int]:
     if not samples:
         raise DataError("config.data.held_out: none of the held-out rows can be used")
     return samples, left_out
-
-
-def read(path: epath.Path) -> list[dict[str, Any]]:
-    """The lines of `held_out.jsonl`, oldest first; one that was cut off by a kill is left out."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 
 from cli_jax.config import ComputeConfig, ModelConfig
-from cli_jax.fusion.base import Row
+from cli_jax.fusion.base import Copy, Row
 from cli_jax.model.decoder import Decoder, Injection
 from cli_jax.model.layers import Dtype
 
@@ -58,12 +58,8 @@ class Routing(nn.Module):
         """Raises ConfigError for a model that cannot be routed so."""
 
     @classmethod
-    def copies(cls, model: ModelConfig, paths: Iterable[str]) -> dict[str, tuple[str, int]]:
-        """Those of the paths that start as copies of others: {path: (stacked other, layer)}.
-
-        What a run starts from has the last word: the other is copied as loaded, and what was loaded
-        itself stays.
-        """
+    def copies(cls, model: ModelConfig, paths: Iterable[str]) -> dict[str, Copy]:
+        """Those of the model's `paths` that start as copies."""
         return {}
 
     @classmethod

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from cli_jax.config import ConfigError, ModelConfig
 from cli_jax.fusion import registry
-from cli_jax.fusion.base import Row
+from cli_jax.fusion.base import Copy, Row
 from cli_jax.model.attention import plain_attention
 from cli_jax.model.decoder import (
     Cache,
@@ -86,10 +86,10 @@ class DPVR(base.Routing):
             )
 
     @classmethod
-    def copies(cls, model: ModelConfig, paths: Iterable[str]) -> dict[str, tuple[str, int]]:
+    def copies(cls, model: ModelConfig, paths: Iterable[str]) -> dict[str, Copy]:
         """The side branch starts as layer s."""
         return {
-            path: (LAYERS + path.removeprefix(SIDE), model.routing.saturation)
+            path: Copy(LAYERS + path.removeprefix(SIDE), model.routing.saturation)
             for path in paths
             if path.startswith(SIDE)
         }

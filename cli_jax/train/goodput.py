@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from cli_jax.train.workdir import WorkdirError
+from cli_jax.train.workdir import WorkdirError, read_lines
 
 LINES, SUMMARY = "goodput.jsonl", "goodput.json"
 
@@ -60,7 +60,7 @@ class Goodput:
         """The updates after `step` follow; reads what earlier processes have left."""
         self._rest = "step"
         self._switch("step")
-        if self._active and (lines := read(self._folder)):
+        if self._active and (lines := read_lines(self._folder / LINES)):
             self._run = lines[-1]["run"] + 1
             # Not appended to as it is: a kill may have cut off its last line.
             temporary = self._folder / f"{LINES}.tmp"
@@ -91,7 +91,7 @@ class Goodput:
         self.record(step)
         if not self._active:
             return ""
-        summary = summarize(read(self._folder))
+        summary = summarize(read_lines(self._folder / LINES))
         with self._explained():
             (self._folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
         return table(summary)
@@ -111,13 +111,6 @@ class Goodput:
                 f"Free some space, then run the same command again: it goes on from the last "
                 f"checkpoint"
             ) from error
-
-
-def read(folder: epath.Path) -> list[dict[str, Any]]:
-    """The lines of `goodput.jsonl`, oldest first; one that was cut off by a kill is left out."""
-    path = folder / LINES
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:

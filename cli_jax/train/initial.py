@@ -10,6 +10,7 @@ from etils import epath
 
 from cli_jax import routing
 from cli_jax.fusion import registry
+from cli_jax.fusion.base import Copy
 from cli_jax.hf import load as hf
 from cli_jax.hf.tower import load_tower
 from cli_jax.train.checkpoint import FOLDER, CheckpointError, load_params, stored_arrays
@@ -76,24 +77,19 @@ def load_initial(setup: Setup) -> tuple[Leaves, str]:
         return {}, "all parameters are new (config.init_from is empty)"
     copies = _copies(setup)
     new = [
-        f"{path} (copy of {_named(*copies[path])})" if path in copies else path
+        f"{path} (copy of {copies[path]})" if path in copies else path
         for path in wanted
         if path not in loaded
     ]
     return loaded, "\n".join((*lines, f"new: {', '.join(new) or 'none'}"))
 
 
-def _copies(setup: Setup) -> dict[str, tuple[str, int | None]]:
-    """{path: (the path it starts as a copy of, the layer of a stack or None)}."""
+def _copies(setup: Setup) -> dict[str, Copy]:
     model, paths = setup.experiment.model, flatten(setup.state.params)
-    whole = registry.of(model).copies(model.fusion)
-    return {path: (source, None) for path, source in whole.items() if path in paths} | dict(
-        routing.of(model).copies(model, paths)
-    )
-
-
-def _named(source: str, layer: int | None) -> str:
-    return source if layer is None else f"{source}, layer {layer}"
+    return {
+        **registry.of(model).copies(model.fusion, paths),
+        **routing.of(model).copies(model, paths),
+    }
 
 
 def _is_workdir(source: str) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import sys
 import time
-from typing import Any
 
 import jax
 from etils import epath
@@ -15,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from cli_jax.train.workdir import WorkdirError
+from cli_jax.train.workdir import WorkdirError, read_lines
 
 FILE = "metrics.jsonl"
 
@@ -118,19 +117,12 @@ class Board:
         self._writer.close()
 
 
-def read(folder: epath.Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, oldest first; one that was cut off by a kill is left out."""
-    path = folder / FILE
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def forget_after(folder: epath.Path, step: int) -> None:
     """Drops the lines after `step`: a run that goes on from there writes them again."""
     path = folder / FILE
     if not path.exists():
         return
-    kept = [line for line in read(folder) if line["step"] <= step]
+    kept = [line for line in read_lines(path) if line["step"] <= step]
     temporary = folder / f"{FILE}.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     temporary.replace(path)

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
@@ -51,6 +52,13 @@ def describe(folder: epath.Path, experiment: Experiment, revision: str) -> None:
     }
     (folder / "config.json").write_text(json.dumps(to_dict(experiment), indent=2) + "\n")
     (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+
+
+def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The JSON lines of a file, none if it is missing; one that a kill cut off is left out."""
+    path = epath.Path(path)
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def git_revision() -> str:

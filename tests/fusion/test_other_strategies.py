@@ -19,17 +19,12 @@ from cli_jax.fusion.none import NoneConfig
 from cli_jax.fusion.sli import SLI, SLIConfig
 from cli_jax.model.vlm import build
 from cli_jax.train.setup import make_setup
+from configs import models
 from tests.fusion import tiny
 from tests.train import train_tiny
 
 SIGLIP = VisionConfig()
-CLIP = VisionConfig(
-    model_type="clip",
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    image_size=336,
-)
+CLIP = VisionConfig(**models.clip_l14_336())
 QUICKSTART = VisionConfig(num_hidden_layers=3)
 TEXT = TextConfig()
 

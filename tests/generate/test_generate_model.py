@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from cli_jax.generate.engine import Generator
 from cli_jax.generate.sampling import Sampling
 from cli_jax.text import load_tokenizer
 from tests.evaluate import eval_small as small
+from tests.generate.whole_passes import greedy
 
 NEW = 32
 GREEDY = Sampling()
@@ -66,27 +66,8 @@ def test_greedy_equals_the_argmax_of_whole_forward_passes(setting):
     """Every answer token from a forward pass over prompt and answer so far, without any cache."""
     count = len(setting.samples)
     batch = setting.batch(setting.samples, count, length=100 + NEW)
-    rows = np.arange(count)
-    length = (batch["segment_ids"] > 0).sum(axis=1)
-    variables = {"params": setting.params}
-
-    @jax.jit
-    def logits_after(batch, last):
-        hidden = setting.model.apply(variables, batch).hidden
-        return setting.model.apply(variables, hidden[rows, last], method="logits")
-
-    expected = []
-    for step in range(NEW):
-        logits = jax.device_get(logits_after(batch, length + step - 1))
-        second, first = np.sort(logits, axis=1)[:, -2:].T
-        assert (first - second).min() > 1e-4  # no tie that rounding could turn
-        token = np.argmax(logits, axis=1)
-        expected.append(token)
-        at = rows, length + step
-        batch["input_ids"][at], batch["positions"][at] = token, length + step
-        batch["segment_ids"][at] = 1
     found = setting.generate(rows=count)
-    assert found == np.stack(expected, axis=1).tolist()
+    assert found == greedy(setting.model, setting.params, batch, NEW)
     assert len({tuple(ids) for ids in found}) == count
 
 

@@ -10,10 +10,10 @@ from hf_models import QWEN, SIGLIP, hub_config, read_all, stored, weights
 import convert
 from cli_jax.hf.error import ConversionError
 from cli_jax.hf.from_hf import from_hf
+from cli_jax.hf.pickles import bin_to_safetensors
 from cli_jax.hf.source import open_source
 
 torch = pytest.importorskip("torch", reason="torch is the other side of this conversion")
-from cli_jax.hf.pickles import bin_to_safetensors  # noqa: E402
 
 
 class Bomb:

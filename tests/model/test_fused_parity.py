@@ -13,18 +13,19 @@ import functools
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from PIL import Image  # noqa: E402
+import torch
 
-from cli_jax.config import ComputeConfig  # noqa: E402
-from cli_jax.fusion.deepstack import DeepStackConfig  # noqa: E402
-from cli_jax.fusion.dense_connector import DenseConnectorConfig  # noqa: E402
-from cli_jax.image.preprocess import make_tiles, normalize  # noqa: E402
-from cli_jax.model.vlm import build  # noqa: E402
-from tests.model import oracle, reference  # noqa: E402
-from tests.model.samples import IMAGE, batch_of  # noqa: E402
+from cli_jax.config import ComputeConfig
+from cli_jax.fusion.deepstack import DeepStackConfig
+from cli_jax.fusion.dense_connector import DenseConnectorConfig
+from cli_jax.image.preprocess import make_tiles, normalize
+from cli_jax.model.vlm import build
+from tests.model import oracle, reference
+from tests.model.samples import IMAGE, batch_of
 
 TILE, G, N = oracle.TILE, 4, 16
 ROWS = (

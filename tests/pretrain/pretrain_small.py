@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from cli_jax.demo import TOKENIZER
-from cli_jax.experiment import Experiment, from_dict
+from cli_jax.experiment import Experiment
+from tests.train import train_tiny
 
 BOXES = ("left", "middle", "right")
 COLORS = {"black": (0, 0, 0), "blue": (0, 100, 255), "yellow": (255, 220, 40)}
@@ -56,30 +57,18 @@ def write_data(folder: Path, scenes: int) -> None:
 
 def experiment(root: Path, **changes) -> Experiment:
     """A tower of two layers, a tile per box; `section={...}` updates a section."""
+    model = train_tiny.config()["model"]
     config = {
         "name": "tiny_pretrain",
         "objective": "siglip",
         "model": {
             "vision": {
-                "hidden_size": 16,
-                "intermediate_size": 32,
+                **model["vision"],
                 "num_hidden_layers": 2,
-                "num_attention_heads": 2,
                 "image_size": TILE,
-                "patch_size": 4,
                 "initializer_range": 1.0,
             },
-            "text": {
-                "vocab_size": 320,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "head_dim": 8,
-                "tie_word_embeddings": False,
-                "initializer_range": 0.1,
-            },
+            "text": {**model["text"], "vocab_size": 320, "initializer_range": 0.1},
             "image": {"aspect_ratio": "anyres_max_1", "grid_pinpoints": [[TILE, 3 * TILE]]},
         },
         "fusion": {"name": "none"},
@@ -104,6 +93,4 @@ def experiment(root: Path, **changes) -> Experiment:
         "log": {"every": 1},
         "total_steps": 4,
     }
-    for name, value in changes.items():
-        config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
-    return from_dict(config)
+    return train_tiny.changed(config, changes)

@@ -20,8 +20,8 @@ from cli_jax.train.run import run
 from cli_jax.train.setup import make_setup
 from cli_jax.train.state import flatten
 from cli_jax.train.step import lower_step
+from tests.train.train_tiny import QUICK
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 STEPS = 120
 
 

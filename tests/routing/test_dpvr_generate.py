@@ -1,6 +1,7 @@
 """Generation with DPVR: three caches, and the same tokens as whole forward passes."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -15,6 +16,7 @@ from cli_jax.generate.engine import Generator
 from cli_jax.text import load_tokenizer
 from tests.evaluate import eval_small as small
 from tests.fusion import tiny
+from tests.generate.whole_passes import greedy
 from tests.routing import dpvr_case as case
 from tests.train.train_tiny import QUICK
 
@@ -42,34 +44,15 @@ def generator(model, params):
 
 def test_equals_the_argmax_of_whole_forward_passes(asked):
     experiment, samples, model, params = asked
-    vision, variables = experiment.model.vision, {"params": params}
+    vision = experiment.model.vision
     sizes = Sizes(
         rows=len(samples), length=100 + NEW, visual=32, tiles=5, images=2,
         tile_size=vision.image_size, patches=vision.num_patches, text=120,
     )  # fmt: skip
     asks = collate([[sample] for sample in samples], sizes)
     answers = generator(model, params)(asks, range(len(samples)))
-    batch = dict(asks)
-    rows = np.arange(len(samples))
-    length = (batch["segment_ids"] > 0).sum(axis=1)
-
-    def logits_after(batch, last):
-        hidden = model.apply(variables, batch).hidden
-        return model.apply(variables, hidden[rows, last], method="logits")
-
-    logits_after = jax.jit(logits_after, compiler_options=QUICK)
-    expected = []
-    for step in range(NEW):
-        logits = jax.device_get(logits_after(batch, length + step - 1))
-        second, first = np.sort(logits, axis=1)[:, -2:].T
-        assert (first - second).min() > 1e-4  # no tie that rounding could turn
-        token = np.argmax(logits, axis=1)
-        expected.append(token)
-        at = rows, length + step
-        batch["input_ids"][at], batch["positions"][at] = token, length + step
-        batch["segment_ids"][at] = 1
-        batch |= case.with_text(batch, slots=sizes.text)
-    expected = np.stack(expected, axis=1).tolist()
+    with_text = functools.partial(case.with_text, slots=sizes.text)
+    expected = greedy(model, params, asks, NEW, with_text)
     assert [answer.ids for answer in answers] == expected
     assert len({tuple(ids) for ids in expected}) == len(samples)
 

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from cli_jax.batch import IGNORE, empty
 from cli_jax.config import ComputeConfig, ConfigError, RoutingConfig
+from cli_jax.evaluate.workdir import open_run
 from cli_jax.experiment import from_dict, load, to_dict
 from cli_jax.hf.adapter import read_adapter
 from cli_jax.hf.error import ConversionError
@@ -216,6 +217,14 @@ def test_the_side_branch_travels_with_the_adapter(exported):
     kept = read_adapter(folder / "adapter")
     assert set(kept.tensors) == {path for path in want if path.startswith(SIDE)}
     assert kept.routing == {"name": "dpvr", "saturation": 2}
+
+
+def test_an_adapter_brings_its_routing(exported):
+    """The folder is opened as the model that it was."""
+    experiment, params, folder = exported
+    run = open_run(folder / "whole")
+    assert run.experiment.model.routing == experiment.model.routing
+    jax.tree.map(np.testing.assert_array_equal, run.params, params)
 
 
 def test_an_adapter_of_another_routing_is_refused(exported):

@@ -6,8 +6,8 @@ import time
 import pytest
 import train_tiny
 
-from cli_jax.train.goodput import KINDS, Goodput, read, summarize, table
-from cli_jax.train.workdir import WorkdirError, prepare
+from cli_jax.train.goodput import KINDS, Goodput, summarize, table
+from cli_jax.train.workdir import WorkdirError, prepare, read_lines
 
 
 class Slow(train_tiny.Data):
@@ -91,13 +91,13 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
     first.begin(0)
     for step in range(1, 6):
         first.done(step)
-    assert [kept["step"] for kept in read(folder)] == [0, 2, 4]
+    assert [kept["step"] for kept in read_lines(folder / "goodput.jsonl")] == [0, 2, 4]
     with (tmp_path / "goodput.jsonl").open("a") as file:
         file.write('{"run": 0, "st')
     second = Goodput(folder, every=2)
     second.begin(3)
     assert "2 starts, 1 updates done again" in second.finish(7)
-    kept = [(kept["run"], kept["step"]) for kept in read(folder)]
+    kept = [(kept["run"], kept["step"]) for kept in read_lines(folder / "goodput.jsonl")]
     assert kept == [(0, 0), (0, 2), (0, 4), (1, 3), (1, 7)]
 
 

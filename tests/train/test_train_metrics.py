@@ -5,8 +5,8 @@ import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
-from cli_jax.train.metrics import FILE, MetricsLog, forget_after, read
-from cli_jax.train.workdir import WorkdirError
+from cli_jax.train.metrics import FILE, MetricsLog, forget_after
+from cli_jax.train.workdir import WorkdirError, read_lines
 
 
 def values(step: int) -> dict[str, float]:
@@ -34,7 +34,7 @@ def events(folder):
 
 def test_lines_and_scalars_hold_the_metrics(tmp_path):
     write(tmp_path, range(1, 8), every=3, total=7)
-    lines = read(epath.Path(tmp_path))
+    lines = read_lines(tmp_path / FILE)
     assert [line["step"] for line in lines] == [3, 6, 7]
     assert [line["loss"] for line in lines] == [7.0, 4.0, 3.0]
     for line, steps in zip(lines, (3, 3, 1), strict=True):
@@ -61,7 +61,7 @@ def test_a_run_that_goes_on_rewrites_the_lines_of_the_steps_done_again(tmp_path)
     with (tmp_path / FILE).open("a") as file:
         file.write('{"step": 6, "lo')  # killed in the middle of a line
     write(tmp_path, range(4, 9))
-    assert [line["step"] for line in read(epath.Path(tmp_path))] == list(range(1, 9))
+    assert [line["step"] for line in read_lines(tmp_path / FILE)] == list(range(1, 9))
     starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
     assert starts == [1, 4]  # TensorBoard hides what came before from there on
 

@@ -63,10 +63,16 @@ def config() -> dict[str, Any]:
 
 def experiment(**changes: Any) -> Experiment:
     """The tiny experiment; `section={...}` updates a section, `key=value` sets a scalar."""
-    base = config()
-    for name, value in changes.items():
-        base[name] = {**base.get(name, {}), **value} if isinstance(value, dict) else value
-    return from_dict(base)
+    return changed(config(), changes)
+
+
+def changed(base: dict[str, Any], changes: dict[str, Any]) -> Experiment:
+    """The experiment of a config; a dictionary updates a section, another value replaces one."""
+    merged = {
+        name: {**base.get(name, {}), **value} if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return from_dict({**base, **merged})
 
 
 def make_batch(experiment: Experiment, seed: int, rows: int | None = None) -> Batch:
