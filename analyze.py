@@ -22,7 +22,7 @@ examples, on the test split of the quick start; files are written to the folder 
   from which layer of a pretrained vision tower can colors, shapes, sizes or digits be read?
     python analyze.py probe --workdir runs/pretrain_nlvr --output runs/pretrain_nlvr/probe
   fusion strategies side by side, with equal data, seeds and steps:
-    python analyze.py compare --config configs/compare_small.py --output runs/compare \\
+    python analyze.py compare --config configs/compare_meter.py --output runs/compare \\
         --config.data.root=DATA
 """
 
@@ -65,7 +65,7 @@ extra).
 
 The config is an experiment's, as train.py takes it, with a section `compare`: arms, seeds, data
 fractions, encoders, evaluation sets, the steps of both stages, and selections, which choose the
-best of some arms on held-out training pictures. configs/compare_small.py explains itself. Any value
+best of some arms on held-out training pictures. configs/compare_meter.py explains itself. Any value
 can be changed with --config.section.name=value.
 
 Before the first run everything is fixed in OUTPUT/protocol.json; under another config, or with
@@ -159,7 +159,7 @@ def _compare(args: argparse.Namespace) -> None:
         written = redraw(args.output)
     else:
         if not args.config:
-            raise ConfigError("--config is required, e.g. configs/compare_small.py")
+            raise ConfigError("--config is required, e.g. configs/compare_meter.py")
         config = read_config(args.config, args.changes)
         keep_freed_memory()
         if not jax.config.values["jax_compilation_cache_dir"]:  # seeds share programs

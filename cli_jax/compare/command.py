@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from cli_jax import demo
 from cli_jax.analysis.plots import require_matplotlib
 from cli_jax.compare import protocol, splits
@@ -14,6 +16,7 @@ from cli_jax.compare.config import Comparison, from_config
 from cli_jax.compare.progress import Progress
 from cli_jax.compare.report import report
 from cli_jax.compare.runs import (
+    FAILED,
     Run,
     answer,
     answer_along_the_way,
@@ -27,7 +30,9 @@ from cli_jax.compare.runs import (
 from cli_jax.compare.splits import HELD_OUT
 from cli_jax.compare.summary import choose
 from cli_jax.evaluate.output import writable_folder
+from cli_jax.evaluate.report import write_results
 from cli_jax.experiment import ConfigError
+from cli_jax.train.loop import TrainingError
 from cli_jax.train.setup import make_setup
 
 
@@ -70,7 +75,14 @@ def _run_all(comparison: Comparison, folder: Path) -> None:
     )
     with Progress(steps * len(runs), finished) as progress:
         for number, run in enumerate(runs, start=1):
-            _run(comparison, folder, run, f"run {number}/{len(runs)}: {run}", progress)
+            failed = run.folder(folder) / FAILED
+            if not failed.is_file():
+                try:
+                    _run(comparison, folder, run, f"run {number}/{len(runs)}: {run}", progress)
+                except TrainingError as error:  # it diverged, which says something about its arm
+                    write_results(epath.Path(failed), {"run": str(run), "error": str(error)})
+            if failed.is_file():
+                progress.say(f"{run} FAILED, see {failed}: remove it to try again")
         for encoder in settings.encoders:
             for fraction in settings.fractions:
                 for choice in choose(comparison, folder, encoder.name, fraction):

@@ -152,7 +152,7 @@ def from_config(config: Mapping[str, Any], folder: str | Path) -> Comparison:
     if not isinstance(raw.get("compare"), dict):
         raise ConfigError(
             "the config has no section `compare` that names arms, evals and stage2: see "
-            "configs/compare_small.py"
+            "configs/compare_meter.py"
         )
     settings = build(CompareConfig, raw["compare"], "config.compare")
     _check(settings)

@@ -1,7 +1,8 @@
 """One run of a comparison: both stages and the answers, each step done once and kept on disk.
 
 A run's folder holds log.txt and a workdir per stage, as train.py leaves them, with trained.json
-when the stage is finished and results_NAME.json for every file of questions it has answered.
+when the stage is finished and results_NAME.json for every file of questions it has answered. A run
+that diverged holds failed.json and is not tried again until it is removed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from cli_jax.train.state import flatten
 from cli_jax.train.workdir import read_lines
 
 TRAINED = "trained.json"
+FAILED = "failed.json"
 STAGES = ("stage1", "stage2")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from cli_jax.compare.answers import Answers, is_finished, read_answers
 from cli_jax.compare.bootstrap import interval
 from cli_jax.compare.config import Comparison
-from cli_jax.compare.runs import TRAINED, Run, result_name
+from cli_jax.compare.runs import FAILED, TRAINED, Run, result_name
 from cli_jax.compare.splits import HELD_OUT
 
 Json = dict[str, Any]
@@ -84,6 +84,10 @@ def _cell(comparison: Comparison, folder: Path, encoder: str, fraction: float) -
         "rows": [row for row in rows if row["seeds"]],
         "unfinished": [
             row["label"] for row in rows if len(row["seeds"]) < len(comparison.settings.seeds)
+        ],
+        "failed": [
+            _read(path)
+            for path in sorted((folder / "runs" / encoder / f"{fraction:g}").glob(f"*/*/{FAILED}"))
         ],
         "selections": [dataclasses.asdict(choice) for choice in choices],
     }

@@ -64,6 +64,7 @@ def _cell(results: Json, cell: Json, figures: list[tuple[str, str]]) -> list[str
     blocks.append(f"{pictures:,} training pictures.")
     if cell["unfinished"]:
         blocks.append(f"**Not finished: {', '.join(cell['unfinished'])}.**")
+    blocks += [f"**Failed: {each['run']}**: {each['error']}" for each in cell["failed"]]
     if cell["rows"]:
         blocks.append(_main_table(results, cell["rows"]))
         for name in cell["rows"][0]["sets"]:

@@ -3,16 +3,19 @@
 import json
 import shutil
 
+import compare_tiny
 import numpy as np
 import pytest
 from compare_tiny import config
 
+from cli_jax.compare import runs
 from cli_jax.compare.command import compare, redraw
 from cli_jax.compare.progress import Progress
 from cli_jax.compare.runs import Run
 from cli_jax.compare.splits import HELD_OUT
 from cli_jax.experiment import ConfigError
 from cli_jax.train.checkpoint import load_params, stored_arrays
+from cli_jax.train.loop import TrainingError
 from cli_jax.train.state import flatten
 
 ARMS, SEEDS = ("none", "cli", "layer_1"), (0, 1)
@@ -159,6 +162,36 @@ def test_a_changed_config_or_file_is_refused(finished, data, tmp_path):
     finally:
         (data / "val_before.json").rename(data / "val.json")
     assert (finished.folder / "protocol.json").read_text() == protocol
+
+
+def test_an_arm_that_diverges_does_not_stop_the_others(data, quick, tmp_path, monkeypatch):
+    arms = [compare_tiny.arm(name, name) for name in ("none", "cli")]
+    settings = config(data, arms=arms, select=[], seeds=[0])
+    settings["compare"]["stage1"]["steps"] = 0
+    tried = []
+
+    def train(experiment, *args, **kwargs):
+        tried.append(experiment.name.split()[-1])
+        if experiment.name.endswith("none"):
+            raise TrainingError("loss is nan at step 2: stopped")
+        return honest(experiment, *args, **kwargs)
+
+    honest = runs.train
+    monkeypatch.setattr(runs, "train", train)
+    compare(settings, tmp_path)
+    assert tried == ["none", "cli"]
+    (cell,) = comparable(tmp_path)["cells"]
+    assert [row["label"] for row in cell["rows"]] == ["cli"]
+    failed = "**Failed: none, seed 0, random, 100% of the data**: loss is nan at step 2: stopped"
+    assert failed in (tmp_path / "results.md").read_text().splitlines()
+    compare(settings, tmp_path)
+    assert tried == ["none", "cli"]  # nothing is tried again
+    (tmp_path / "runs/random/1/none/seed_0/failed.json").unlink()
+    monkeypatch.setattr(runs, "train", honest)
+    compare(settings, tmp_path)
+    (cell,) = comparable(tmp_path)["cells"]
+    assert [row["label"] for row in cell["rows"]] == ["none", "cli"]
+    assert cell["failed"] == cell["unfinished"] == []
 
 
 def test_report_only_redraws_what_is_there(finished, tmp_path):
