@@ -20,7 +20,7 @@ examples, on the test split of the quick start; files are written to the folder 
   up to which decoder layer do words look at the picture?
     python analyze.py attention --workdir runs/quick --data val.json --image_root DIR --output out
   from which layer of a pretrained vision tower can colors, shapes, sizes or digits be read?
-    python analyze.py probe --workdir runs/pretrain_nlvr --output runs/pretrain_nlvr/probe
+    python analyze.py probe --workdir runs/nlvr_full --output runs/nlvr_full/probe
   fusion strategies side by side, with equal data, seeds and steps:
     python analyze.py compare --config configs/compare_meter.py --output runs/compare \\
         --config.data.root=DATA

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from configs import common
 
@@ -42,39 +44,54 @@ def stage1(steps: int, lr: float) -> dict[str, Any]:
     return {"steps": steps, "changes": {"optimizer": {"groups": common.train_only(pattern, lr=lr)}}}
 
 
-def headline(width: int, layers: Iterable[int], evals: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The settings that the comparisons of docs/results.md share, for towers that stay frozen.
+def headline(
+    *,
+    width: int,
+    encoders: Mapping[str, str],
+    evals: Mapping[str, str],
+    categories: Iterable[str] = (),
+    steps: int,
+) -> ConfigDict:
+    """What the comparisons of docs/results.md share: arms, contrasts, seeds; towers stay frozen.
 
-    `none_wide` has a projector of as many parameters as the four of `sli`. Stage 1 is left out: the
-    decoders start at random, so there is nothing yet that features could be aligned with.
+    `none_wide` has a projector of as many parameters as the four of `sli`. There is no stage 1:
+    the decoders start at random, so there is nothing yet that features could be aligned with.
 
-    width: of decoder and projector. layers: vision layers below the last one that are tried.
+    width: of decoder and projector. encoders, evals: paths by name; `categories` of the first of
+    `evals` are sets of their own.
     """
-    layers, best = tuple(layers), best_single_layer("none", *(f"layer_{k}" for k in layers))
+    candidates = single_layers((1, 3))
+    best = best_single_layer("none", *(each["name"] for each in candidates))
+    first = next(iter(evals.values()))
     frozen = (common.group(common.VISION_TOWER, None),)
-    return {
-        "arms": (
-            arm("none", "none"),
-            arm("none_wide", "none", model={"projector_width": 4 * width}),
-            arm("cli", "cli"),
-            arm("cli_mean", "cli", settings={"agf": "mean"}),
-            arm("sli", "sli"),
-            arm("deepstack", "deepstack"),
-            arm("layer_concat", "layer_concat"),
-            *single_layers(layers),
-        ),
-        "baseline": "none",
-        "select": (best,),
-        "contrasts": (
-            {"arm": "cli", "against": "none"},
-            {"arm": "cli", "against": best["name"]},
-        ),
-        "evals": tuple(evals),
-        "seeds": (0, 1, 2),
-        "fractions": (1.0,),
-        "stage1": {"steps": 0, "changes": {}},
-        "stage2": {"steps": 0, "changes": {"optimizer": {"groups": frozen}}},
-        "eval_every": 0,
-        "held_out_questions": 0,
-        "draws": 10_000,
-    }
+    return ConfigDict(
+        {
+            "arms": (
+                arm("none", "none"),
+                arm("none_wide", "none", model={"projector_width": 4 * width}),
+                arm("cli", "cli"),
+                arm("cli_mean", "cli", settings={"agf": "mean"}),
+                arm("sli", "sli"),
+                arm("deepstack", "deepstack"),
+                arm("layer_concat", "layer_concat"),
+                *candidates,
+            ),
+            "baseline": "none",
+            "select": (best,),
+            "contrasts": (
+                {"arm": "cli", "against": "none"},
+                {"arm": "cli", "against": best["name"]},
+            ),
+            "evals": (
+                *({"name": name, "path": path} for name, path in evals.items()),
+                *({"name": c, "path": first, "categories": (c,)} for c in categories),
+            ),
+            "encoders": tuple({"name": n, "path": path} for n, path in encoders.items()),
+            "seeds": (0, 1, 2),
+            "fractions": (1.0,),
+            "stage2": {"steps": steps, "changes": {"optimizer": {"groups": frozen}}},
+            "eval_every": steps // 3,
+            "held_out_questions": 0,
+            "draws": 10_000,
+        }
+    )

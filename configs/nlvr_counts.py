@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     background = 0.827  # gray: as zero, it leaves the shapes to stand out
     common.set_model(
         config,
-        models.small_tower(image_size=96, patch_size=24, width=128, layers=3),
+        models.small_tower(image_size=96, patch_size=24, width=96, layers=6),
         models.small_decoder(width=128, layers=3),
         {
             "aspect_ratio": "anyres_max_1",
@@ -46,12 +46,12 @@ def get_config() -> ConfigDict:
         train=(common.source("train.json"),),
         template="question_first",
         batch_size=64,
-        row_length=70,
+        row_length=60,
         visual_per_row=30,
         tiles_per_row=4,
     )
     config.fusion.deepstack.stacks = 1  # under any-resolution a square number
     config.eval.update(path="val.json", batch_size=64, max_new_tokens=4)
-    config.optimizer.warmup_ratio = 0.02
-    config.total_steps = 5000
+    config.optimizer.update(warmup_ratio=0.02, groups=(common.group(common.VISION_TOWER, 2e-4),))
+    config.total_steps = 2500
     return config

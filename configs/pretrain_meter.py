@@ -1,25 +1,24 @@
 r"""The vision tower alone, on strips of photographed meters and their readings, by the SigLIP loss.
 
-    python train.py --config configs/pretrain_meter.py --workdir runs/pretrain_meter \
-        --config.data.root=DATA
-    python analyze.py probe --workdir runs/pretrain_meter --output runs/pretrain_meter/probe
+    for CAPTIONS in coarse full; do
+        python train.py --config configs/pretrain_meter.py --workdir runs/meter_$CAPTIONS \
+            --config.data.root=DATA --config.data.captions=$CAPTIONS
+        python analyze.py probe --workdir runs/meter_$CAPTIONS --output runs/meter_$CAPTIONS/probe
+    done
 
 DATA is that of meter_digits.py. The captions are `coarse` (cli_jax/data/captions.py): the reading
-in thousands, which leaves the three digits on the right open. The control reads all five, with
---config.data.captions=full. Three of the 18 meters are held out whole: the strips of a meter are
-made of the same photographs over and over, so that strips of a known meter would measure memory.
+in thousands, which leaves the three digits on the right open. `full` ones, the control, read all
+five. Three of the 18 meters are held out whole: the strips of a meter are made of the same
+photographs over and over, so that strips of a known meter would measure memory.
 
-The tower is as wide as those of pretrain_nlvr.py and sees a strip as meter_digits.py does. A model
-starts from it with
+The tower is as wide as those of pretrain_nlvr.py and sees a strip as meter_digits.py does.
+compare_meter.py starts from it.
 
-    python train.py --config configs/meter_digits.py --workdir runs/meter_from_pretrained \
-        --config.data.root=DATA --config.init_from=runs/pretrain_meter \
-        --config.model.vision.num_hidden_layers=6 --config.model.vision.hidden_size=96 \
-        --config.model.vision.intermediate_size=192
-
-Hardware: 2 CPU cores.
-Time: not measured yet.
-Expected result: not measured yet.
+Hardware: 1 CPU core.
+Time: 33 minutes beside other work, 25 alone.
+Expected result: `coarse` (2026-11-21): 20.7% of 498 held-out strips find their own among 95
+captions; single digits of meters never seen can be read out linearly at 28.8% from layer 1, 36.6%
+from layer 2, 34.8 to 38.7% from the others.
 """
 
 from ml_collections import ConfigDict

@@ -1,0 +1,39 @@
+r"""Fusion strategies side by side on photographed meters, over pretrained towers that stay frozen.
+
+    python analyze.py compare --config configs/compare_meter.py --output runs/compare_meter \
+        --config.data.root=DATA
+
+DATA is that of meter_digits.py. The towers are those of pretrain_meter.py, trained before: `coarse`
+was never told of the three digits on the right, `full` is the control. A tenth of the strips is
+held out for the choice of the best single layer; val_seen are later strips of the same meters,
+unseen are others.
+
+docs/results.md says what came of it. What each setting means: cli_jax/compare/config.py.
+
+Hardware: one of 2 CPU cores (taskset -c 0); compare_nlvr.py had the other one.
+Time: 25 minutes a tower; about 4 hours for 54 runs.
+Expected result: docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import arms, meter_digits, models
+
+
+def get_config() -> ConfigDict:
+    config = meter_digits.get_config()
+    config.name = "compare_meter"
+    config.model.vision.update(
+        models.small_tower(image_size=160, patch_size=32, width=96, layers=6)
+    )
+    config.model.text.update(models.small_decoder(width=128, layers=4))
+    config.data.update(batch_size=64, held_out=0.1, jitter=0.0)
+    config.eval.path = ""
+    config.compare = arms.headline(
+        width=config.model.text.hidden_size,
+        encoders={name: f"runs/meter_{name}" for name in ("coarse", "full")},
+        evals={"val_seen": "val_seen.json", "unseen": "val.json"},
+        steps=600,
+    )
+    config.compare.held_out_questions = 1
+    return config

@@ -1,0 +1,37 @@
+r"""Fusion strategies side by side on boxes of shapes, over pretrained towers that stay frozen.
+
+    python analyze.py compare --config configs/compare_nlvr.py --output runs/compare_nlvr \
+        --config.data.root=DATA
+
+DATA is that of nlvr_counts.py. The towers are those of pretrain_nlvr.py, trained before: `coarse`
+was never told of shapes, sizes and counts of a color, `full` is the control. The scenes that they
+have not seen are held out here, too, for the choice of the best single layer.
+
+docs/results.md says what came of it. What each setting means: cli_jax/compare/config.py.
+
+Hardware: one of 2 CPU cores (taskset -c 1); compare_meter.py had the other one.
+Time: 12 minutes a tower; about 4 hours for 54 runs.
+Expected result: docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import arms, models, nlvr_counts
+
+
+def get_config() -> ConfigDict:
+    config = nlvr_counts.get_config()
+    config.name = "compare_nlvr"
+    config.model.text.update(models.small_decoder(width=128, layers=4))
+    # The last number of an id counts the arrangements of the same boxes; val.json adds a category.
+    config.data.update(held_out=0.1, scene=r"-\d(-[a-z]+)?$")
+    config.eval.path = ""
+    config.compare = arms.headline(
+        width=config.model.text.hidden_size,
+        encoders={name: f"runs/nlvr_{name}" for name in ("coarse", "full")},
+        evals={"val": "val.json"},
+        categories=("shape", "size"),
+        steps=600,
+    )
+    config.compare.held_out_questions = 2
+    return config
