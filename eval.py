@@ -24,6 +24,9 @@ examples
   does it look at its pictures? With gray ones it must fall to the chance level in results.json:
     python eval.py --workdir runs/quick --data val.json --image_root DIR \\
         --blank_images --output results_blank.json
+  does it matter that its gates look at the picture? With their means instead:
+    python eval.py --workdir runs/quick --data val.json --image_root DIR \\
+        --constant_gates runs/quick/gates.npz --output results_constant.json
   sampled answers of an earlier checkpoint, on the first 100 questions:
     python eval.py --workdir runs/quick --step 200 --data val.json --limit 100 \\
         --temperature 0.7 --top_p 0.9 --seed 1 --output results_sampled.json
@@ -34,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     # Imported late, so that --help and wrong options answer at once.
+    from cli_jax.evaluate.constant import with_constant_gates
     from cli_jax.evaluate.report import table
     from cli_jax.evaluate.run import evaluate
     from cli_jax.evaluate.workdir import open_run
@@ -46,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     try:
         run = open_run(args.workdir, args.step)
+        if args.constant_gates:
+            run = with_constant_gates(run, args.constant_gates)
         with run.context():
             results = evaluate(
                 run.model,
@@ -104,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     need.add_argument(
         "--blank_images", action="store_true", help="control: gray pictures of the same size"
+    )
+    need.add_argument(
+        "--constant_gates",
+        metavar="GATES.npz",
+        help="control: every gate at its mean over a data set, from analyze.py gates",
     )
     how = parser.add_argument_group("how to answer (defaults: the run's config.eval, greedy)")
     how.add_argument(

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cli_jax.analysis.prompts import Prompts
+from cli_jax.evaluate.constant import with_constant_gates
 from cli_jax.evaluate.workdir import open_run
 from cli_jax.experiment import ConfigError
+from cli_jax.generate.engine import split_rows
 from cli_jax.train.checkpoint import CheckpointError
 from tests.evaluate import eval_small as small
 
@@ -56,6 +59,37 @@ def test_a_workdir_without_config_or_checkpoint_is_a_clear_error(folder, tmp_pat
         open_run(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint 4"):
         open_run(folder / "run", step=4)
+
+
+def test_gates_are_put_at_their_means(folder, tmp_path, capsys):
+    """Constant gates are those of the file for every picture; with others the logits change."""
+    assert ANALYZE.main(["gates", *options(folder, "", output=tmp_path / "gates")]) == 0
+    run = open_run(folder / "run")
+    means = tmp_path / "gates" / "gates.npz"
+    frozen = with_constant_gates(run, means)
+    prompts = Prompts(run.experiment, folder / "questions.json", folder, limit=0, what="gates")
+    with np.load(means) as found:
+        W_TxK = found["gates"]
+    for questions, batch in prompts.batches(5):
+        W, own = (
+            np.asarray(r.model.apply({"params": r.params}, split_rows(batch)).gates)
+            for r in (frozen, run)
+        )
+        for b in range(len(questions)):
+            np.testing.assert_allclose(W[:, b, 0], W_TxK, rtol=1e-5)
+        assert np.ptp(own[:, : len(questions), 0], axis=1).max() > 1e-3
+    answers = tmp_path / "constant.json"
+    there = options(folder, "", output=answers, constant_gates=means)
+    assert COMMAND.main(there) == 0
+    results = json.loads(answers.read_text())
+    assert results["experiment"].endswith(", constant gates")
+    np.savez(tmp_path / "other.npz", gates=W_TxK, decoder_layers=["9"], vision_layers=["1"])
+    other = options(folder, "", output=answers, constant_gates=tmp_path / "other.npz")
+    assert COMMAND.main(other) == 1
+    assert "gates of decoder layers 9 and vision layers 1, the run has" in capsys.readouterr().err
+    none = options(folder, "", output=answers, constant_gates=tmp_path / "none.npz")
+    assert COMMAND.main(none) == 1
+    assert "none.npz cannot be read" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
