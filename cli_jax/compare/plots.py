@@ -76,6 +76,36 @@ def accuracy_bars(rows: Sequence[Json], name: str, baseline: str, path: Path) ->
     save(drawn, epath.Path(path))
 
 
+def accuracy_by_fraction(cells: Sequence[Json], name: str, path: Path) -> None:
+    """Accuracy of every arm over the share of the data that it was trained on, with intervals.
+
+    cells: of one encoder, a data fraction each.
+    """
+    rows = [(cell["fraction"], row) for cell in cells for row in cell["rows"]]
+    labels = list(dict.fromkeys(row["label"] for _, row in rows if row["label"] == row["arm"]))
+    drawn = new_figure(6.2, 3.4)
+    axes = drawn.add_subplot()
+    for color, label in zip(_colors(len(labels)), labels, strict=True):
+        own = {100 * fraction: row["sets"] for fraction, row in rows if row["label"] == label}
+        found = {share: sets[name] for share, sets in sorted(own.items())}
+        means = np.array([100 * each["mean"] for each in found.values()])
+        spans = np.array([each["interval"] for each in found.values()]).T
+        axes.errorbar(
+            list(found), means, yerr=np.abs(100 * spans - means), fmt="o-", markersize=4,
+            linewidth=1.2, elinewidth=0.8, capsize=3, color=color, label=label,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    ticks = sorted({100 * cell["fraction"] for cell in cells})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("training pictures, % of those not held out")
+    axes.set_ylabel(f"{name}: accuracy, %")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    drawn.legend(loc="outside right upper", frameon=False, fontsize=8)
+    save(drawn, epath.Path(path))
+
+
 def selection(choice: Json, path: Path) -> None:
     """Held-out accuracy of the arms a selection chose from."""
     names, scores = list(choice["scores"]), list(choice["scores"].values())

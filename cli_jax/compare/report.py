@@ -28,10 +28,24 @@ def report(folder: Path) -> list[Path]:
     figures = {
         cell_name(cell): _draw(comparison, folder, results, cell) for cell in results["cells"]
     }
+    for encoder in comparison.settings.encoders:
+        own = [cell for cell in results["cells"] if cell["encoder"] == encoder.name]
+        figures[cell_name(own[-1])] += _draw_fractions(folder, own)
     write_results(epath.Path(folder / "results.json"), results)
     (folder / "results.md").write_text(markdown(results, figures), encoding="utf-8")
     drawn = [folder / path for each in figures.values() for _, path in each]
     return [folder / "results.md", folder / "results.json", *drawn]
+
+
+def _draw_fractions(folder: Path, cells: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(title, path) of the figures over all data fractions of an encoder, if there are several."""
+    drawn = []
+    with_rows = [cell for cell in cells if cell["rows"]]
+    for name in with_rows[0]["rows"][0]["sets"] if len(with_rows) > 1 else ():
+        place = Path(FIGURES) / cell_name(cells[-1]) / f"fractions_{name}.png"
+        plots.accuracy_by_fraction(with_rows, name, folder / place)
+        drawn.append((f"Accuracy on {name} by data fraction", str(place)))
+    return drawn
 
 
 def _draw(

@@ -8,7 +8,7 @@ import pytest
 from compare_tiny import config, write_data
 
 from cli_jax.analysis.plots import PlotError
-from cli_jax.compare import command, protocol, splits
+from cli_jax.compare import command, plots, protocol, splits
 from cli_jax.compare.bootstrap import interval
 from cli_jax.compare.config import from_config
 from cli_jax.compare.contrasts import contrasts
@@ -165,6 +165,25 @@ def test_figures_are_drawn_of_the_same(folder):
     assert "selection_best_layer.png" in written
     for path in (folder / "figures").rglob("*.png"):
         assert f"]({path.relative_to(folder)})" in (folder / "results.md").read_text()
+
+
+def test_several_fractions_are_drawn_over_each_other(folder, monkeypatch):
+    fixed = protocol.read(folder)
+    fixed["config"]["compare"]["fractions"] = [0.5, 1.0]
+    fixed["splits"]["train"]["0.5"] = fixed["splits"]["train"]["1"]
+    monkeypatch.setattr(protocol, "read", lambda folder: fixed)
+    for arm in RIGHT:
+        shutil.copytree(*(Run("random", f, 0, arm).workdir(folder) for f in (1.0, 0.5)))
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append((figure, path)))
+    report(folder)
+    (figure,) = [each for each, path in drawn if path.name == "fractions_val.png"]
+    (axes,) = figure.axes
+    points = {each.get_label(): each.lines[0].get_xydata().tolist() for each in axes.containers}
+    assert set(points) == {"none", "cli"}
+    assert points["cli"] == [[50.0, pytest.approx(800 / 12)], [100.0, pytest.approx(37.5)]]
+    text = (folder / "results.md").read_text()
+    assert "](figures/random_1/fractions_val.png)" in text
 
 
 def test_answers_to_other_questions_are_refused(folder):
