@@ -22,9 +22,10 @@ from configs import arms, models, nlvr_counts
 def get_config() -> ConfigDict:
     config = nlvr_counts.get_config()
     config.name = "compare_nlvr"
+    config.model.vision.update(models.small_tower(image_size=96, patch_size=24, width=96, layers=6))
     config.model.text.update(models.small_decoder(width=128, layers=4))
     # The last number of an id counts the arrangements of the same boxes; val.json adds a category.
-    config.data.update(held_out=0.1, scene=r"-\d(-[a-z]+)?$")
+    config.data.update(row_length=60, held_out=0.1, scene=r"-\d(-[a-z]+)?$")
     config.eval.path = ""
     config.compare = arms.headline(
         width=config.model.text.hidden_size,

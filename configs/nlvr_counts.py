@@ -19,7 +19,11 @@ cores: --config.total_steps=8000 with --config.optimizer.weight_decay=0.1 (46.0%
 turned upside down (43.8%, not in the code any more). --config.total_steps=1500 alone gives 44.6%
 in 7 minutes; going on from there (--config.init_from) with --config.data.augment=0.2 for 6,000
 steps 45.6%, with --config.model.image.aspect_ratio=anyres, row_length=108 and visual_per_row=68
-(4 x 4 tokens a box) for 3,500 steps at lr=1.5e-3 42.8%.
+(4 x 4 tokens a box) for 3,500 steps at lr=1.5e-3 42.8%. What limits is the decoder, not the tower:
+it reads how many objects there are (99% of training answers) and not which (44% of the colours),
+although a small MLP learns colours, shapes and sizes together from the mean features of a box of
+pretrain_nlvr.py's tower and the word that is asked for to 57% of held-out pictures in 800 steps.
+From such a tower (--config.tower_from, at a tenth of the rate) 2,500 steps give 47.8%.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +37,7 @@ def get_config() -> ConfigDict:
     background = 0.827  # gray: as zero, it leaves the shapes to stand out
     common.set_model(
         config,
-        models.small_tower(image_size=96, patch_size=24, width=96, layers=6),
+        models.small_tower(image_size=96, patch_size=24, width=128, layers=3),
         models.small_decoder(width=128, layers=3),
         {
             "aspect_ratio": "anyres_max_1",
@@ -46,12 +50,12 @@ def get_config() -> ConfigDict:
         train=(common.source("train.json"),),
         template="question_first",
         batch_size=64,
-        row_length=60,
+        row_length=70,
         visual_per_row=30,
         tiles_per_row=4,
     )
     config.fusion.deepstack.stacks = 1  # under any-resolution a square number
     config.eval.update(path="val.json", batch_size=64, max_new_tokens=4)
-    config.optimizer.update(warmup_ratio=0.02, groups=(common.group(common.VISION_TOWER, 2e-4),))
-    config.total_steps = 2500
+    config.optimizer.warmup_ratio = 0.02
+    config.total_steps = 5000
     return config

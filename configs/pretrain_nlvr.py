@@ -17,21 +17,26 @@ its 2,898 pictures by heart: the loss on held-out pictures, `full`, was 3.6 at s
 Pictures become tiles as in nlvr_counts.py: a tile per box shows shapes of 10 to 30 pixels at full
 size, which a whole picture squashed into one tile would not, and the tower is the one that a
 vision-language model then uses. All four tiles make the picture's embedding (JoinTiles in
-cli_jax/pretrain/towers.py). nlvr_counts.py starts from it, and so does compare_nlvr.py.
+cli_jax/pretrain/towers.py). Six layers, so that it makes a difference which one is read.
+compare_nlvr.py starts from it.
 
 Hardware: 1 CPU core.
-Time: 12 minutes (estimate).
-Expected result: not measured yet.
+Time: 18 minutes beside other work.
+Expected result: `full` (2026-11-21): 17.6% of 324 held-out pictures find their own among as many
+captions; on them, all, colour, shape and size can be read out linearly at 38.8, 62.9, 38.0 and
+49.6% from layer 1, at 58.3, 66.9, 40.3 and 51.1% from layer 6; always the commonest answer: 18.5,
+37.5, 33.2 and 32.5%.
 """
 
 from ml_collections import ConfigDict
 
-from configs import nlvr_counts, small
+from configs import models, nlvr_counts, small
 
 
 def get_config() -> ConfigDict:
     config = small.pretrain(nlvr_counts.get_config())
     config.name = "pretrain_nlvr"
+    config.model.vision.update(models.small_tower(image_size=96, patch_size=24, width=96, layers=6))
     config.data.update(
         scene=r"-\d$",  # the last number of an id counts the arrangements of the same boxes
         held_out=0.1,
