@@ -23,8 +23,8 @@ compare_nlvr.py starts from it.
 Hardware: 1 CPU core.
 Time: 18 minutes beside other work.
 Expected result: `full` (2026-11-21): 17.6% of 324 held-out pictures find their own among as many
-captions; on them, all, colour, shape and size can be read out linearly at 38.8, 62.9, 38.0 and
-49.6% from layer 1, at 58.3, 66.9, 40.3 and 51.1% from layer 6; always the commonest answer: 18.5,
+captions; on them, all, colour, shape and size can be read out linearly at 37.9, 64.6, 39.0 and
+48.3% from layer 1, at 60.5, 66.7, 39.2 and 51.2% from layer 6; always the commonest answer: 18.5,
 37.5, 33.2 and 32.5%.
 """
 
