@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     # Imported late, so that --help and wrong options answer at once.
-    from cli_jax.evaluate.constant import with_constant_gates
+    from cli_jax.analysis.constant_gates import with_constant_gates
     from cli_jax.evaluate.report import table
     from cli_jax.evaluate.run import evaluate
     from cli_jax.evaluate.workdir import open_run

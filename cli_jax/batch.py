@@ -83,7 +83,7 @@ def empty(
     stacks: int = 0,
 ) -> Batch:
     """A batch of padding only, in the given sizes; the shapes above are made here and only here."""
-    B, L, P, M, I, Q = rows, length, visual, tiles, images, text  # noqa: E741 (the dimension key)
+    B, L, P, M, I, Q = rows, length, visual, tiles, images, text
     N, E, m = patches, pooled, stacks
 
     def full(shape: tuple[int, ...], value: int, dtype: Any = np.int32) -> np.ndarray:

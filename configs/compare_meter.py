@@ -8,11 +8,11 @@ was never told of the three digits on the right, `full` is the control. A tenth 
 held out for the choice of the best single layer; val_seen are later strips of the same meters,
 unseen are others.
 
-docs/results.md says what came of it. What each setting means: cli_jax/compare/config.py.
+What each setting means: cli_jax/compare/config.py.
 
-Hardware: one of 2 CPU cores (taskset -c 0); compare_nlvr.py had the other one.
-Time: 25 minutes a tower; about 4 hours for 54 runs.
-Expected result: docs/results.md.
+Hardware: 1 CPU core.
+Time: not measured to the end; 2.5 updates per second, so about 4 hours for the 54 runs.
+Expected result: not finished yet (docs/results.md).
 """
 
 from ml_collections import ConfigDict

@@ -7,11 +7,11 @@ DATA is that of nlvr_counts.py. The towers are those of pretrain_nlvr.py, traine
 was never told of shapes, sizes and counts of a color, `full` is the control. The scenes that they
 have not seen are held out here, too, for the choice of the best single layer.
 
-docs/results.md says what came of it. What each setting means: cli_jax/compare/config.py.
+Not begun: docs/results.md says why. What each setting means: cli_jax/compare/config.py.
 
-Hardware: one of 2 CPU cores (taskset -c 1); compare_meter.py had the other one.
-Time: 12 minutes a tower; about 4 hours for 54 runs.
-Expected result: docs/results.md.
+Hardware: 1 CPU core.
+Time: not measured.
+Expected result: not measured.
 """
 
 from ml_collections import ConfigDict

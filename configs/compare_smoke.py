@@ -5,9 +5,9 @@ r"""The whole comparison in two minutes, on handwritten digits that are made on 
 It shows how the command works; such short trainings tell nothing about the strategies.
 
 Hardware: 2 CPU cores.
-Time: 2 min 8 s of processor time; 5 minutes on cores that others used, too (2026-11-21).
-Expected result: a report in runs/compare_smoke/results.md; none and cli both at 20.7 +- 1.6% of the
-600 test questions, since 50 updates teach no more than the commonest answers.
+Time: 2 min 28 s, 2 min 52 s of processor time, beside other work (2026-11-21).
+Expected result: a report in runs/compare_smoke/results.md; of the 600 test questions none 21.4 +-
+0.6%, cli 21.1 +- 1.1%, since 50 updates teach no more than the commonest answers.
 """
 
 from ml_collections import ConfigDict

@@ -13,17 +13,11 @@ of the base view); and the picture behind its question, always equally far from 
 Hardware: 1 CPU core.
 Time: 38 minutes (2026-11-21).
 Expected result: 47.5% of val with seed 0: all 58.0%, colour 49.8%, shape 43.9%, size 38.1%; always
-the commonest answer: 26.9%; with blanked pictures 10.2%. By then it has begun to learn its pictures
-by heart (57% of the training answers). What did not help, with seed 0 on 1 to 2 CPU
-cores: --config.total_steps=8000 with --config.optimizer.weight_decay=0.1 (46.0%) or with pictures
-turned upside down (43.8%, not in the code any more). --config.total_steps=1500 alone gives 44.6%
-in 7 minutes; going on from there (--config.init_from) with --config.data.augment=0.2 for 6,000
-steps 45.6%, with --config.model.image.aspect_ratio=anyres, row_length=108 and visual_per_row=68
-(4 x 4 tokens a box) for 3,500 steps at lr=1.5e-3 42.8%. What limits is the decoder, not the tower:
-it reads how many objects there are (99% of training answers) and not which (44% of the colours),
-although a small MLP learns colours, shapes and sizes together from the mean features of a box of
-pretrain_nlvr.py's tower and the word that is asked for to 57% of held-out pictures in 800 steps.
-From such a tower (--config.tower_from, at a tenth of the rate) 2,500 steps give 47.8%.
+the commonest answer: 26.9%; with blanked pictures 10.2%. What did not help, with seed 0 on 1 to 2
+CPU cores: --config.total_steps=8000 with --config.optimizer.weight_decay=0.1 (46.0%).
+--config.total_steps=1500 alone gives 44.6% in 7 minutes; going on from there (--config.init_from)
+with --config.data.augment=0.2 for 6,000 steps 45.6%, with --config.model.image.aspect_ratio=anyres,
+row_length=108 and visual_per_row=68 (4 x 4 tokens a box) for 3,500 steps at lr=1.5e-3 42.8%.
 """
 
 from ml_collections import ConfigDict

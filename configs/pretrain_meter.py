@@ -15,7 +15,7 @@ The tower is as wide as those of pretrain_nlvr.py and sees a strip as meter_digi
 compare_meter.py starts from it.
 
 Hardware: 1 CPU core.
-Time: 33 minutes beside other work, 25 alone.
+Time: 27 and 33 minutes, beside other work.
 Expected result: `coarse` (2026-11-21): 20.7% of 498 held-out strips find their own among 95
 captions; single digits of meters never seen can be read out linearly at 28.8% from layer 1, 36.6%
 from layer 2, 34.8 to 38.7% from the others.

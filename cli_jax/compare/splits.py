@@ -36,7 +36,7 @@ def train_name(fraction: float, file: int) -> str:
 
 def noted_name(name: str) -> str:
     """What is noted of an evaluation file's questions."""
-    return f"{name}_pictures.json"
+    return f"{name}_scenes.json"
 
 
 def sha256(content: bytes) -> str:

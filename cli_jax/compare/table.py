@@ -11,7 +11,7 @@ Json = dict[str, Any]
 _NOTES = """\
 ± is the standard deviation over seeds. A difference is arm - {baseline} on the same questions, in \
 percentage points, with a 95% interval from {draws:,} bootstrap draws that resample seeds and \
-pictures (not questions; variants of a scene as one). With few seeds such intervals are too \
+scenes (not questions). With few seeds such intervals are too \
 narrow, and with one they say nothing about seeds. Where the interval holds 0, no difference was \
 shown.
 

@@ -102,7 +102,7 @@ class DeepStack(base.Fusion):
 
     def _stacks(self, hidden_BxMNxD: jax.Array, batch: Batch, projector: Projector) -> jax.Array:
         """The stacks [m, B, I*N, D]: P on the patches they read, zero where they read none."""
-        B, m, I, N, reads = batch["stack_index"].shape  # noqa: E741 (the dimension key)
+        B, m, I, N, reads = batch["stack_index"].shape
         if m != self.model.fusion.stacks:
             raise ValueError(
                 f"the batch has {m} stacks, fusion.deepstack.stacks is {self.model.fusion.stacks}: "

@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from cli_jax.compare.bootstrap import by_picture, interval, resample
+from cli_jax.compare.bootstrap import by_scene, interval, resample
 
 
-def test_sums_by_picture():
+def test_sums_by_scene():
     values = np.array([[1, 0, -1, 1], [0, 0, 1, 1]])
-    sums, questions = by_picture(values, ["b", "a", "b", "b"])
+    sums, questions = by_scene(values, ["b", "a", "b", "b"])
     assert sums.tolist() == [[0, 1], [0, 2]]  # pictures a, b
     assert questions.tolist() == [1, 3]
 
@@ -41,7 +41,7 @@ def test_every_draw_is_one_of_those_listed_by_hand():
     assert (found.low, found.high) == (min(means), max(means))
 
 
-def test_equal_arms_have_no_interval_and_one_seed_varies_by_pictures_only():
+def test_equal_arms_have_no_interval_and_one_seed_varies_by_scenes_only():
     assert interval(np.zeros((3, 5)), list("aabbc"), draws=50) == (0, 0, 0)
     same = interval(np.array([[1.0, 0.0]]), ["p", "p"], draws=500)
     assert same == (0.5, 0.5, 0.5)  # one picture, one seed: nothing to resample
@@ -87,5 +87,5 @@ def test_it_covers_the_truth_about_as_often_as_it_says():
 
 @pytest.mark.parametrize("values", [np.zeros((1, 3)), np.zeros((0, 2)), np.zeros((2, 0))])
 def test_shapes_must_fit(values):
-    with pytest.raises(ValueError, match="for 2 questions' pictures"):
+    with pytest.raises(ValueError, match="for 2 questions' scenes"):
         interval(values, ["a", "b"])

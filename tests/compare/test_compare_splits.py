@@ -58,7 +58,7 @@ def test_a_held_out_row_becomes_a_question_each(data, tmp_path):
     assert first[0]["value"] == "<image>\nWhich color?"
     assert asked[1]["conversations"][0]["value"] == "<image>\nHow many?"
     assert len({row["id"] for row in asked}) == 8
-    noted = json.loads(found.files["held_out_pictures.json"])
+    noted = json.loads(found.files["held_out_scenes.json"])
     assert [str(data / name).lstrip("/") for name in noted["scenes"]] == [
         row["image"] for row in asked
     ]
@@ -96,7 +96,7 @@ def test_variants_of_a_scene_stay_together(data, tmp_path):
     assert len(rows(found, "train_0.5_0.jsonl")) == 2 * len(parts[0])
     # 6 val pictures of 3 scenes are 3 things to draw.
     assert found.report["evals"]["val"]["pictures"] == 6
-    assert set(json.loads(found.files["val_pictures.json"])["scenes"]) == {
+    assert set(json.loads(found.files["val_scenes.json"])["scenes"]) == {
         *("scene10", "scene11", "scene12")
     }
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cli_jax.analysis.constant_gates import with_constant_gates
 from cli_jax.analysis.prompts import Prompts
-from cli_jax.evaluate.constant import with_constant_gates
 from cli_jax.evaluate.workdir import open_run
 from cli_jax.experiment import ConfigError
 from cli_jax.generate.engine import split_rows
