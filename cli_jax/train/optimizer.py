@@ -1,4 +1,4 @@
-"""AdamW with one learning rate per parameter group, warm-up, cosine decay and clipping.
+"""AdamW or Muon: a learning rate per parameter group, warm-up, cosine decay and clipping.
 
 What is frozen is decided here and nowhere else: a frozen leaf has no rate, is never differentiated
 and holds no optimizer state.
@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from cli_jax.experiment import ConfigError, OptimizerConfig
 from cli_jax.train.state import Params, unflatten
 
 Rates = dict[str, float | None]  # path -> peak learning rate, or None = frozen
+MUON_RMS = 0.2  # of an update's elements; about AdamW's, so that both take the same rates
 
 
 def assign_rates(paths: Iterable[str], config: OptimizerConfig) -> Rates:
@@ -80,14 +82,16 @@ def make_optimizer(
     """The optimizer of the trained leaves (`rates` as from `trained`), given as a nested tree.
 
     The gradient is clipped by its norm over all of them. Weight decay leaves out biases and
-    normalization weights, as LLaVA's trainer does.
+    normalization weights, as LLaVA's trainer does. With `muon` the matrices in the layers of tower
+    and decoder take orthogonalized momentum (Liu et al. 2025, arXiv:2502.16982, eq. 4), everything
+    else stays with Adam.
     """
     factor = schedule(config, total_steps)
     rate_tree = unflatten(rates)
     decayed = unflatten({path: not _is_norm_or_bias(path) for path in rates})
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        _direction(config, rates),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_schedule(lambda count: -factor(count)),
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, rate_tree)),
@@ -97,6 +101,34 @@ def make_optimizer(
 def init_optimizer(optimizer: optax.GradientTransformation, trainable: Params) -> optax.OptState:
     """A fresh optimizer state; moments are float32 whatever the parameters are."""
     return optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), trainable))
+
+
+def _direction(
+    config: OptimizerConfig, rates: Mapping[str, float]
+) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.name == "adamw":
+        return adam
+    muon = optax.chain(
+        scale_by_muon(weight_dimension_numbers=_last_two_axes),
+        optax.stateless(lambda updates, _: jax.tree.map(_match_adam, updates)),
+    )
+    kinds = {path: "muon" if _is_layer_matrix(path) else "adam" for path in rates}
+    return optax.partition({"adam": adam, "muon": muon}, unflatten(kinds))
+
+
+def _last_two_axes(updates: Params) -> Params:
+    """A kernel is [layers, in, out]: each layer's matrix is orthogonalized for itself."""
+    return jax.tree.map(lambda x: MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), updates)
+
+
+def _match_adam(x: jax.Array) -> jax.Array:
+    """An orthogonal matrix [in, out] has elements of RMS 1 / sqrt(max(in, out))."""
+    return MUON_RMS * math.sqrt(max(x.shape[-2:])) * x
+
+
+def _is_layer_matrix(path: str) -> bool:
+    return "/layers/" in path and path.endswith("/kernel")
 
 
 def _is_norm_or_bias(path: str) -> bool:

@@ -118,14 +118,19 @@ def _abstract_state(
     whole = NamedSharding(mesh, PartitionSpec())
     trainable, _ = split(params, trained(rates))
     opt_state = jax.eval_shape(lambda tree: init_optimizer(optimizer, tree), trainable)
+
+    def place(leaf: Any, sharding: NamedSharding) -> Any:
+        if isinstance(leaf, optax.MaskedNode):  # the place of a leaf that another rule updates
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        lambda leaf, param: place(leaf, param.sharding),
         opt_state,
         trainable,
-        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=whole
-        ),
+        transform_non_params=lambda leaf: place(leaf, whole),
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return TrainState(step, params, opt_state)
