@@ -1,7 +1,8 @@
 """LLaVA-OneVision's recipes: what its three kinds of runs share, whatever the decoder.
 
 Sizes: a picture has at most 8,829 tokens and 37 tiles, so a row of 10,240 tokens holds every
-picture with 1,400 tokens of text, or one or two samples of the usual 4,000 to 7,000 tokens. An
+picture with 1,400 tokens of text, or one or two samples of the usual 4,000 to 7,000 tokens. Visual
+slots for the largest picture alone would run out before the tokens do (benchmarks/fill.py). An
 update of 256 rows is therefore 256 samples or more, up to about 400; the reference's is 256.
 docs/pods.md says on which TPUs that fits.
 """
@@ -25,7 +26,7 @@ def single_image(text: dict[str, Any]) -> ConfigDict:
         labels="reference",
         batch_size=256,
         row_length=10_240,
-        visual_per_row=8832,
+        visual_per_row=9728,
         tiles_per_row=37,
         images_per_row=16,
         workers=16,
