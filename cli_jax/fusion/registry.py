@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cli_jax.config import ModelConfig
+from cli_jax.fusion.adapter import Adapter
 from cli_jax.fusion.base import Fusion
 from cli_jax.fusion.cli import CLI
 from cli_jax.fusion.deepstack import DeepStack
@@ -20,6 +21,7 @@ STRATEGIES: dict[str, type[Fusion]] = {
     "layer_concat": LayerConcat,
     "dense_connector": DenseConnector,
     "mmfuser": MMFuser,
+    "adapter": Adapter,
 }
 
 

@@ -68,6 +68,7 @@ def traced_products(e):
         {"name": "layer_concat", "layer_concat": {"layers": (1, 3)}},
         {"name": "mmfuser", "mmfuser": {"points": 2}},
         {"name": "deepstack", "deepstack": {"stacks": 3}},
+        {"name": "adapter", "adapter": {"inject": (0, 2), "rank": 8}},
         {"name": "dense_connector"},
         {"name": "dense_connector", "dense_connector": {"variant": "sci"}},
         {"name": "dense_connector", "dense_connector": {"variant": "sti"}},

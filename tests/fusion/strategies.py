@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from cli_jax.fusion.adapter import AdapterConfig
 from cli_jax.fusion.cli import CLIConfig
 from cli_jax.fusion.deepstack import DeepStackConfig
 from cli_jax.fusion.dense_connector import DenseConnectorConfig
@@ -48,6 +49,7 @@ ENTRIES = {
     "dense_connector_sci": Entry(DenseConnectorConfig("sci")),
     "dense_connector_dci": Entry(DenseConnectorConfig()),
     "mmfuser": Entry(MMFuserConfig(layers=(0, 2, 5), points=2), "(?!gamma1$).*"),
+    "adapter": Entry(AdapterConfig(inject=(0, 2), rank=4), "lora_A"),
 }
 
 every_strategy = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)

@@ -1,4 +1,4 @@
-"""Logits of sli, layer_concat and mmfuser against transformers' models with the strategy in torch.
+"""Logits of strategies against transformers' models with the same strategy written in torch.
 
 transformers runs its own tower, any-resolution packing and decoder; its projector is replaced, or
 hooks add features before its decoder layers. Bound and prompts are those of tests/model.
@@ -19,6 +19,7 @@ pytest.importorskip("torch")
 
 import torch
 
+from cli_jax.fusion.adapter import AdapterConfig
 from cli_jax.fusion.layer_concat import LayerConcatConfig
 from cli_jax.fusion.mmfuser import MMFuserConfig, MSDeformAttn, sample
 from cli_jax.fusion.sli import SLIConfig
@@ -126,16 +127,20 @@ def test_sli(name, taps, start):
     def logits_of(inputs, own):
         model = copy.deepcopy(oracle.case(name).model)
         for i, tap in enumerate(taps if "pixel_values" in inputs else ()):
-            add_before(model, start + i, packed(model, inputs, own["projectors"], i, tap), inputs)
+            features = packed(model, inputs, ith_mlp(own["projectors"], i), tap)
+            add_before(model, start + i, features, inputs)
         return model(**inputs).logits[0].numpy()
 
     within(errors(name, SLIConfig(taps=taps, start=start), logits_of))
 
 
-def packed(model, inputs, own, i, layer):
-    """[visual tokens, D]: a layer through the i-th MLP in transformers' order; newlines are 0."""
+def ith_mlp(own, i):
     one = {k: {n: x[i] for n, x in own[k].items()} for k in ("linear_1", "linear_2")}
-    mlp = torch.nn.Sequential(linear(one["linear_1"]), torch.nn.GELU(), linear(one["linear_2"]))
+    return torch.nn.Sequential(linear(one["linear_1"]), torch.nn.GELU(), linear(one["linear_2"]))
+
+
+def packed(model, inputs, mlp, layer):
+    """[visual tokens, D]: a layer through an MLP, in transformers' order; newlines are 0."""
     other = with_projector(model, mlp).model
     if hasattr(other, "image_newline"):
         other.image_newline.data.zero_()
@@ -145,15 +150,47 @@ def packed(model, inputs, own, i, layer):
 
 
 def add_before(model, layer, features, inputs):
+    """`features`: [visual tokens, D], or a function of the hidden states there."""
     places = inputs["input_ids"][0] == reference.IMAGE_TOKEN
-    assert places.sum() == len(features)
 
     def hook(_, args):
         hidden = args[0].clone()
-        hidden[0, places] += features
+        added = features(hidden[0, places]) if callable(features) else features
+        assert places.sum() == len(added)
+        hidden[0, places] += added
         return hidden, *args[1:]
 
     model.model.language_model.layers[layer].register_forward_pre_hook(hook)
+
+
+# ---- adapter -------------------------------------------------------------------------------------
+
+
+class Ones(torch.nn.Module):
+    """A projector that marks what it is given."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def forward(self, x):
+        return torch.ones(*x.shape[:-1], self.width)
+
+
+@pytest.mark.parametrize("name", ["siglip_qwen2", "clip_llama"])
+def test_adapter(name):
+    """h + B A h at the patches of pictures: not at newlines, not at text."""
+    points = (0, 2)
+
+    def logits_of(inputs, own):
+        model = copy.deepcopy(oracle.case(name).model)
+        branches = zip(points, own["lora_A"], own["lora_B"], strict=True)
+        for layer, A, B in branches if "pixel_values" in inputs else ():
+            is_patch = packed(model, inputs, Ones(model.config.text_config.hidden_size), -1)
+            add_before(model, layer, lambda h, A=A, B=B, ones=is_patch: ones * (h @ A @ B), inputs)
+        return model(**inputs).logits[0].numpy()
+
+    within(errors(name, AdapterConfig(inject=points, rank=3), logits_of))
 
 
 # ---- mmfuser -------------------------------------------------------------------------------------
