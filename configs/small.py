@@ -37,7 +37,7 @@ def pretrain(config: ConfigDict) -> ConfigDict:
         template="plain", turns="all", captions="coarse", batch_size=128, augment=0.5, jitter=0.3
     )
     config.eval.path = ""
-    config.optimizer.update(weight_decay=0.1, warmup_ratio=0.05)
+    config.optimizer.update(name="adamw", weight_decay=0.1, warmup_ratio=0.05)
     config.total_steps = 3000
     config.checkpoint.update(every=500, keep_every=500)  # small, and each can be probed
     return config
