@@ -44,6 +44,31 @@ def stage1(steps: int, lr: float) -> dict[str, Any]:
     return {"steps": steps, "changes": {"optimizer": {"groups": common.train_only(pattern, lr=lr)}}}
 
 
+def ablations() -> tuple[Arm, ...]:
+    """`none`, `cli` as in the headline, and `cli` with one thing changed at a time."""
+
+    def changed(name: str, **settings: Any) -> Arm:
+        return arm(f"cli_{name}", "cli", settings=settings)
+
+    return (
+        arm("none", "none"),
+        arm("cli", "cli"),
+        changed("no_gates", agf="one"),
+        changed("mean", agf="mean"),
+        changed("no_amp", amp=False),
+        changed("sparse", inject=(0,)),
+        changed("medium", inject="every:2"),
+        changed("3_taps", taps="every:2"),
+        changed("last_tap", taps="every:6"),  # of 6 layers: only what is at the input already
+        changed("early_tap", taps=(1,)),
+        changed("rank_32", rank=32),
+        changed("per_pair", per_pair=True),
+        changed("channel", gate="channel"),
+        changed("prompt", context="prompt"),
+        changed("open", gate_bias_init=0.0),
+    )
+
+
 def headline(
     *,
     width: int,

@@ -7,11 +7,12 @@ DATA is that of nlvr_counts.py. The towers are those of pretrain_nlvr.py, traine
 was never told of shapes, sizes and counts of a color, `full` is the control. The scenes that they
 have not seen are held out here, too, for the choice of the best single layer.
 
-Not begun: docs/results.md says why. What each setting means: cli_jax/compare/config.py.
+Decoders are trained with Muon, as in nlvr_counts.py. What each setting means:
+cli_jax/compare/config.py.
 
 Hardware: 1 CPU core.
-Time: not measured.
-Expected result: not measured.
+Time: not measured to the end; 2 updates per second beside other work, so about 4.5 hours.
+Expected result: not run yet (docs/results.md).
 """
 
 from ml_collections import ConfigDict

@@ -103,9 +103,7 @@ def init_optimizer(optimizer: optax.GradientTransformation, trainable: Params) -
     return optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), trainable))
 
 
-def _direction(
-    config: OptimizerConfig, rates: Mapping[str, float]
-) -> optax.GradientTransformation:
+def _direction(config: OptimizerConfig, rates: Mapping[str, float]) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     if config.name == "adamw":
         return adam

@@ -1,0 +1,36 @@
+r"""What limits CLI on the photographed meters: `cli` with one thing changed, and other strategies.
+
+    python analyze.py compare --config configs/compare_meter_ablations.py --output runs/ablations \
+        --config.data.root=DATA
+
+Everything else is that of compare_meter.py, with the `coarse` tower alone. `cli_slow`: gates at a
+tenth of the rate. `adapter`: as many new parameters as `cli`, which see no other vision layer.
+
+Hardware: 1 CPU core.
+Time: not measured; at the speed of compare_meter.py about 4 hours for the 57 runs.
+Expected result: not run yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import arms, common, compare_meter
+
+
+def get_config() -> ConfigDict:
+    config = compare_meter.get_config()
+    config.name = "compare_meter_ablations"
+    frozen = common.group(common.VISION_TOWER, None)
+    slow = {"groups": (common.group("fusion/agf/.*", 2e-4), frozen)}
+    config.compare.update(
+        encoders=config.compare.encoders[:1],
+        arms=(
+            *arms.ablations(),
+            arms.arm("cli_slow", "cli", optimizer=slow),
+            arms.arm("adapter", "adapter", settings={"inject": "all", "rank": 13}),
+            arms.arm("dense_connector", "dense_connector"),
+            arms.arm("mmfuser", "mmfuser"),
+        ),
+        select=(),
+        contrasts=({"arm": "cli", "against": "none"},),
+    )
+    return config
