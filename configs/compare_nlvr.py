@@ -11,7 +11,7 @@ Decoders are trained with Muon, as in nlvr_counts.py. What each setting means:
 cli_jax/compare/config.py.
 
 Hardware: 1 CPU core.
-Time: not measured to the end; 2 updates per second beside other work, so about 4.5 hours.
+Time: not measured to the end; 4.4 updates per second, so about 4 hours for the 54 runs.
 Expected result: not run yet (docs/results.md).
 """
 
@@ -26,14 +26,14 @@ def get_config() -> ConfigDict:
     config.model.vision.update(models.small_tower(image_size=96, patch_size=24, width=96, layers=6))
     config.model.text.update(models.small_decoder(width=128, layers=4))
     # The last number of an id counts the arrangements of the same boxes; val.json adds a category.
-    config.data.update(row_length=60, held_out=0.1, scene=r"-\d(-[a-z]+)?$")
+    config.data.update(batch_size=32, row_length=60, held_out=0.1, scene=r"-\d(-[a-z]+)?$")
     config.eval.path = ""
     config.compare = arms.headline(
         width=config.model.text.hidden_size,
         encoders={name: f"runs/nlvr_{name}" for name in ("coarse", "full")},
         evals={"val": "val.json"},
         categories=("shape", "size"),
-        steps=600,
+        steps=1000,
     )
     config.compare.held_out_questions = 2
     return config
