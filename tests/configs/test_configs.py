@@ -214,10 +214,10 @@ def test_every_strategy_can_take_the_place_of_another(name, strategy):
     config = module(name).get_config()
     config.lock()
     config.fusion.name = strategy
-    if (name, strategy) == ("llava15_7b_dpvr", "cli"):  # injects everywhere
+    if name == "llava15_7b_dpvr" and strategy in ("cli", "adapter"):  # these inject everywhere
         with pytest.raises(ConfigError, match="inject before layer 18"):
             experiment_lib.from_dict(config)
-        config.fusion.cli.inject = (0, 6, 12)
+        config.fusion[strategy].inject = (0, 6, 12)
     experiment = experiment_lib.from_dict(config)
     model, cls = experiment.model, registry.get(strategy)
     assert cls.vision_layers(model.fusion, model.vision)[-1] <= model.vision.num_hidden_layers
