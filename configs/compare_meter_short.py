@@ -8,8 +8,8 @@ compare_meter.py.
 
 Hardware: 1 CPU core.
 Time: 12 minutes of processor time, 18 beside another comparison (2026-11-21).
-Expected result: none 11.0, cli 11.1, sli 10.4% of val_seen, all intervals around 0: after 150 updates
-nobody reads digits yet. It shows that everything works, and nothing about the strategies.
+Expected result: none 11.0, cli 11.1, sli 10.4% of val_seen, all intervals around 0: after 150
+updates nobody reads digits yet. It shows that everything works, and nothing about the strategies.
 """
 
 from ml_collections import ConfigDict
