@@ -126,7 +126,13 @@ def run(
         if some_layers is not None:
             rest = jax.tree.map(lambda x: x[1:], some_layers)
             length = jax.tree.leaves(rest)[0].shape[0]
-            if length:
+            if remat == "offload":
+                # Kept by a loop in a loop, the carries would be fetched from the host by two
+                # indices at once, which the TPU's compiler cannot do (libtpu 0.0.42).
+                alone = rematerialize(layer, remat, looped=looped)
+                for i in range(length):
+                    carry, _ = alone(carry, jax.tree.map(lambda x, i=i: x[i], rest))
+            elif length:
                 carry, _ = scan(body, carry, rest, length)
         if add:  # not in a rematerialized step, which would keep every sum so far
             total, out = jax.tree.map(jnp.add, total, out), None

@@ -104,6 +104,15 @@ def test_nothing_is_large_that_is_not_on_the_list(compiled):
     assert min(wholes) > LARGE
 
 
+def test_inputs_of_layers_can_wait_in_the_hosts_memory(topology):
+    """Also between equally spaced injection points, where layers would run in a loop in a loop."""
+    compute = dataclasses.replace(shrunken().compute, remat="offload")
+    text = compile_for(shrunken(compute=compute), topology).text
+    host = re.findall(r"bf16\[([0-9,]+)\]\{[^}]*S\(5\)\}", text)
+    assert f"9,1,{LENGTH},{D}" in host
+    assert any(shape.endswith(f",{TILES},729,{V}") for shape in host)
+
+
 def test_tensor_parallel_and_two_slices_compile():
     """The decoder's attention runs split over heads; only `data` crosses between slices."""
     mesh = dataclasses.replace(shrunken().mesh, data=1, fsdp=2, tensor=2)
