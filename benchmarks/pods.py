@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 LONG = ("data.row_length=32768", "data.visual_per_row=31360", "data.tiles_per_row=74")
+TIGHT = ("mesh.tensor=2", "optimizer.accumulate=2", "compute.remat=offload")
 
 
 class Row(NamedTuple):
@@ -45,7 +46,7 @@ ROWS = (
     Row("llava15_7b_cli", "v5p:2x2x2"),
     Row("ov7b_cli", "v6e:16x16", LONG),
     Row("ov7b_cli", "v5p:4x4x4", (*LONG, "optimizer.accumulate=4")),
-    Row("ov7b_cli", "v5e:16x16", LONG),
+    Row("ov7b_cli", "v5e:16x16", (*LONG, *TIGHT)),
     Row("ov7b_cli", "2*v5e:16x16", ("data.batch_size=512",)),
 )
 HEAD = (

@@ -76,6 +76,6 @@ def _repeated(experiment: Experiment, compiled: Compiled) -> float:
         if differentiated[part] <= once:
             continue  # nothing flows back through it
         chunked = part == "head" and experiment.compute.loss_chunk
-        layers = part != "head" and experiment.compute.remat == "full"
+        layers = part != "head" and experiment.compute.remat in ("full", "offload")
         total += once if chunked or layers else 0.0
     return total * experiment.data.batch_size
