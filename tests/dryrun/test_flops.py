@@ -1,6 +1,7 @@
 """Model FLOPs against the products that JAX's tracer lists, and their split by part."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from cli_jax.config import TextConfig, VisionConfig
-from cli_jax.dryrun import flops
+from cli_jax.dryrun import bounds, flops
 from cli_jax.fusion import registry
 from cli_jax.fusion.base import Row
 from cli_jax.fusion.none import NoneConfig
@@ -145,3 +146,11 @@ def test_every_strategy_counts_itself(name):
     counted = registry.of(model).flops(model.fusion, model, Row(64, 32, 2))
     assert counted["fusion" if name == "layer_concat" else "projector"] > 0
     assert set(counted) <= set(flops.PARTS)
+
+
+def test_offload_repeats_what_full_does():
+    def repeated(remat):
+        e = train_tiny.experiment(compute={"remat": remat, "loss_chunk": 0})
+        return bounds._repeated(e, SimpleNamespace(setup=make_setup(e, jax.devices()[:1])))
+
+    assert repeated("offload") == repeated("full") > repeated("none") == 0
