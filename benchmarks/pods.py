@@ -86,7 +86,7 @@ def line(row: Row, r: dict) -> str:
     memory, bounds = r["memory"], r["bounds"]
     gib = 2**30
     cells = [
-        row.config,
+        row.config if r["remat"] == "full" else f"{row.config}, remat {r['remat']}",
         row.topology,
         " x ".join(str(n) for n in r["mesh"].values()),
         f"{r['rows']} x {r['row']['length']:,}"

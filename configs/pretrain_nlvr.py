@@ -21,10 +21,9 @@ compare_nlvr.py starts from it.
 
 Hardware: 1 CPU core.
 Time: about 13 minutes, beside other work.
-Expected result: `full` (2026-11-21): the loss on held-out pictures falls to 3.42, and 17.6% of the
-324 find their own among as many captions; on them, all, colour, shape and size can be read out
-linearly at 37.9, 64.6, 39.0 and 48.3% from layer 1, at 60.5, 66.7, 39.2 and 51.2% from layer 6;
-always the commonest answer: 18.5, 37.5, 33.2 and 32.5%.
+Expected result: (2026-11-21) the loss on held-out pictures falls to 3.42 with `full` captions, to
+3.75 with `coarse` ones; of 324, 17.6% and 12.7% find their own among as many captions. What can be
+read out of which layer: docs/results.md.
 """
 
 from ml_collections import ConfigDict

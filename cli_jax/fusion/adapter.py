@@ -16,9 +16,9 @@ import jax
 
 from cli_jax.config import ModelConfig, TextConfig, VisionConfig
 from cli_jax.fusion import base
+from cli_jax.fusion.low_rank import LowRank
 from cli_jax.model.decoder import Injection
 from cli_jax.model.gather import take_or_zero
-from cli_jax.model.layers import partitioned
 from cli_jax.model.projector import Projector
 
 
@@ -59,19 +59,8 @@ class Adapter(base.Fusion):
     ) -> base.Fused:
         c: AdapterConfig = self.model.fusion
         points = self.decoder_layers(c, self.model.text)
-        T, D = len(points), self.model.text.hidden_size
-        A_TxDxr = self.param(
-            "lora_A",
-            partitioned(nn.initializers.normal(D**-0.5), ("points", "embed", "rank")),
-            (T, D, c.rank),
-            self.param_dtype,
-        )
-        B_TxrxD = self.param(
-            "lora_B",
-            partitioned(nn.initializers.zeros, ("points", "rank", "embed")),
-            (T, c.rank, D),
-            self.param_dtype,
-        )
+        D = self.model.text.hidden_size
+        branches = LowRank("points", len(points), c.rank, "embed", self.param_dtype, name="branch")
         patch_BxPx1 = base.is_patch(batch)[..., None].astype(self.dtype)
         patch_BxLx1 = take_or_zero(patch_BxPx1, batch["visual_index"])
 
@@ -81,4 +70,4 @@ class Adapter(base.Fusion):
 
         _, V_BxMNxV = look((), self.model.vision.last_layer, base.raw, None)
         features_BxPxD = base.project(V_BxMNxV, batch, projector)
-        return base.Fused(features_BxPxD, Injection(points, inject, (A_TxDxr, B_TxrxD)))
+        return base.Fused(features_BxPxD, Injection(points, inject, branches(D, D)))

@@ -23,9 +23,9 @@ import numpy as np
 
 from cli_jax.config import ModelConfig, TextConfig, VisionConfig
 from cli_jax.fusion import agf, base
+from cli_jax.fusion.low_rank import LowRank
 from cli_jax.model.decoder import Injection
 from cli_jax.model.gather import place, take_or_zero
-from cli_jax.model.layers import partitioned
 from cli_jax.model.projector import Projector
 from cli_jax.model.vision import Emit
 
@@ -126,7 +126,8 @@ class CLI(base.Fusion):
         V, D = self.model.vision.hidden_size, self.model.text.hidden_size
         lora = weights = None
         if c.amp:
-            lora = AMP(len(taps), c.rank, self.param_dtype, name="amp")(V, D)
+            amp = LowRank("taps", len(taps), c.rank, "vision_embed", self.param_dtype, name="amp")
+            lora = amp(V, D)
         if c.agf == "gated":
             groups = len(taps) if c.per_pair else 1
             channel_rank = c.gate_rank if c.gate == "channel" else 0
@@ -212,31 +213,6 @@ def _context_of_image(config: CLIConfig, batch: Batch, slots_BxIxP: jax.Array) -
     before_BxIxL = jnp.arange(same_BxIxL.shape[-1]) < end_BxI[:, :, None]
     real_BxIx1 = (segment_BxI > 0)[:, :, None]
     return same_BxIxL & before_BxIxL & real_BxIx1 & ~newline_BxLx1[:, None, :, 0]
-
-
-class AMP(nn.Module):
-    """LoRA branches of all taps: A [K, V, r] random, B [K, r, D] zeros."""
-
-    taps: int
-    rank: int
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, vision_width: int, width: int) -> tuple[jax.Array, jax.Array]:
-        K, V, r, D = self.taps, vision_width, self.rank, width
-        A = self.param(
-            "lora_A",
-            partitioned(nn.initializers.normal(V**-0.5), ("taps", "vision_embed", "rank")),
-            (K, V, r),
-            self.param_dtype,
-        )
-        B = self.param(
-            "lora_B",
-            partitioned(nn.initializers.zeros, ("taps", "rank", "embed")),
-            (K, r, D),
-            self.param_dtype,
-        )
-        return A, B
 
 
 def constant_gates(config: CLIConfig, params: Params, W: np.ndarray) -> tuple[CLIConfig, Params]:

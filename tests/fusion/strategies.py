@@ -49,7 +49,7 @@ ENTRIES = {
     "dense_connector_sci": Entry(DenseConnectorConfig("sci")),
     "dense_connector_dci": Entry(DenseConnectorConfig()),
     "mmfuser": Entry(MMFuserConfig(layers=(0, 2, 5), points=2), "(?!gamma1$).*"),
-    "adapter": Entry(AdapterConfig(inject=(0, 2), rank=4), "lora_A"),
+    "adapter": Entry(AdapterConfig(inject=(0, 2), rank=4), "branch/lora_A"),
 }
 
 every_strategy = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)

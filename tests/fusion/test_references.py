@@ -184,7 +184,7 @@ def test_adapter(name):
 
     def logits_of(inputs, own):
         model = copy.deepcopy(oracle.case(name).model)
-        branches = zip(points, own["lora_A"], own["lora_B"], strict=True)
+        branches = zip(points, *(own["branch"][f"lora_{x}"] for x in "AB"), strict=True)
         for layer, A, B in branches if "pixel_values" in inputs else ():
             is_patch = packed(model, inputs, Ones(model.config.text_config.hidden_size), -1)
             add_before(model, layer, lambda h, A=A, B=B, ones=is_patch: ones * (h @ A @ B), inputs)

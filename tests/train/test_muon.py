@@ -87,7 +87,7 @@ def test_an_update_is_as_large_as_adams():
         assert 0.1 < rms < 0.3, path
 
 
-def test_a_gradient_of_zero_moves_nothing():
+def test_a_gradient_of_zero_leaves_the_decay_alone():
     values = {p: np.ones(s, np.float32) for p, s in SHAPES.items()}
     zeros = {p: np.zeros(s, np.float32) for p, s in SHAPES.items()}
     ours, _ = run("muon", [zeros], values)
