@@ -61,6 +61,7 @@ def ablations() -> tuple[Arm, ...]:
         changed("3_taps", taps="every:2"),
         changed("last_tap", taps="every:6"),  # of 6 layers: only what is at the input already
         changed("early_tap", taps=(1,)),
+        changed("no_last_tap", taps=(1, 2, 3, 4, 5)),  # the last one is at the input already
         changed("rank_32", rank=32),
         changed("per_pair", per_pair=True),
         changed("channel", gate="channel"),

@@ -5,9 +5,11 @@ r"""What limits CLI on the photographed meters: `cli` with one thing changed, an
 
 Everything else is that of compare_meter.py, with the `coarse` tower alone. `cli_slow`: gates at a
 tenth of the rate. `adapter`: as many new parameters as `cli`, which see no other vision layer.
+`dpvr`: layers 0 and 1 see all tokens, layer 2 text, layer 3 both; unlike in the paper everything is
+trained, since the decoder starts at random.
 
 Hardware: 1 CPU core.
-Time: not measured; at the speed of compare_meter.py about 4 hours for the 57 runs.
+Time: not measured; at the speed of compare_meter.py about 4 hours for the 63 runs.
 Expected result: not run yet.
 """
 
@@ -19,6 +21,7 @@ from configs import arms, common, compare_meter
 def get_config() -> ConfigDict:
     config = compare_meter.get_config()
     config.name = "compare_meter_ablations"
+    config.data.text_per_row = config.data.row_length - config.data.visual_per_row  # for dpvr
     frozen = common.group(common.VISION_TOWER, None)
     slow = {"groups": (common.group("fusion/agf/.*", 2e-4), frozen)}
     config.compare.update(
@@ -29,6 +32,7 @@ def get_config() -> ConfigDict:
             arms.arm("adapter", "adapter", settings={"inject": "all", "rank": 13}),
             arms.arm("dense_connector", "dense_connector"),
             arms.arm("mmfuser", "mmfuser"),
+            arms.arm("dpvr", "none", routing={"name": "dpvr", "saturation": 2}),
         ),
         select=(),
         contrasts=({"arm": "cli", "against": "none"},),

@@ -1,7 +1,8 @@
 """What a comparison is: an experiment's config with a section `compare`, checked at the door.
 
 Everything outside of `compare` is the base experiment that all arms share. An arm changes the
-fusion strategy, the projector's width or the optimizer, and nothing else; the checks are here.
+fusion strategy, the routing, the projector's width or the optimizer, and nothing else; the checks
+are here.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cli_jax.experiment import (
 )
 
 _NAME = re.compile(r"\w[\w.+=-]*")  # names become folders
-_ARM_MAY_CHANGE = ("fusion", "model", "optimizer")  # of the model the projector's width alone
+_ARM_MAY_CHANGE = ("fusion", "routing", "model", "optimizer")  # model: the projector's width
 _STAGE_MAY_CHANGE = ("optimizer",)
 Changes = Mapping[str, Any]  # nested, as in the config: {"fusion": {"name": "none"}}
 

@@ -14,13 +14,19 @@ def test_an_arm_changes_its_strategy_and_nothing_else(tmp_path):
         arm("none", "none"),
         {"name": "wide", "changes": {"model": {"projector_width": 64}, "fusion": {"name": "none"}}},
         arm("cli_mean", "cli", agf="mean"),
+        arm("dpvr", "none"),
     ]
-    comparison = from_config(config(tmp_path, arms=arms, select=[]), tmp_path)
+    arms[-1]["changes"]["routing"] = {"name": "dpvr", "saturation": 1}
+    base = config(tmp_path, arms=arms, select=[])
+    base["data"]["text_per_row"] = 40  # `dpvr` wants it and two layers, and all arms share both
+    base["model"]["text"]["num_hidden_layers"] = 2
+    comparison = from_config(base, tmp_path)
     experiments = [comparison.experiment(a["name"], comparison.settings.stage2) for a in arms]
-    none, wide, mean = (each.model for each in experiments)
+    none, wide, mean, dpvr = (each.model for each in experiments)
     assert (none.fusion_name, wide.projector_width) == ("none", 64)
     # What the base says of a strategy holds, where the arm does not say otherwise.
     assert (mean.fusion.agf, mean.fusion.rank, mean.fusion.taps) == ("mean", 2, "all")
+    assert (none.routing.name, dpvr.routing.name, dpvr.fusion_name) == ("none", "dpvr", "none")
     assert len({(e.optimizer, e.total_steps, e.data.batch_size) for e in experiments}) == 1
 
 
