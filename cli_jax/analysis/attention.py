@@ -23,7 +23,7 @@ from cli_jax.evaluate.output import writable_folder
 from cli_jax.evaluate.run import whole_rows
 from cli_jax.experiment import Experiment
 from cli_jax.generate.buckets import TEXT_UNIT, round_up
-from cli_jax.generate.engine import split_rows
+from cli_jax.generate.engine import everywhere, split_rows
 from cli_jax.model.gather import take_or_zero
 
 TOLERANCE = 0.02  # of the attention probability: how near to its end a settled curve stays
@@ -146,7 +146,7 @@ def mean_mass(
         def see(q_BxLxHxd: jax.Array, k_BxLxGxd: jax.Array) -> jax.Array:
             return image_mass(q_BxLxHxd, k_BxLxGxd, query_BxQ, is_image_BxL, batch["segment_ids"])
 
-        return model.apply({"params": params}, batch, see, method="watch")[1]
+        return everywhere(model.apply({"params": params}, batch, see, method="watch")[1])
 
     for questions, batch in prompts.batches(whole_rows(batch_size or experiment.eval.batch_size)):
         query_BxQ = last_text(batch)
@@ -178,8 +178,10 @@ def summary(mass: Mass) -> str:
     else:
         lines.append(
             f"saturation layer s = {settled} of {n}: from here on within {TOLERANCE} of the mean"
-            f" of the last quarter\n--config.routing.saturation={settled}"
+            f" of the last quarter\n--config.routing.saturation={max(settled, 1)}"
         )
+        if not settled:
+            lines.append("(1 is the least: vision tokens pass one layer at least)")
     return "\n".join(lines)
 
 

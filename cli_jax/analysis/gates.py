@@ -25,7 +25,7 @@ from cli_jax.evaluate.output import writable_folder
 from cli_jax.evaluate.run import whole_rows
 from cli_jax.experiment import Experiment
 from cli_jax.fusion import registry
-from cli_jax.generate.engine import split_rows
+from cli_jax.generate.engine import everywhere, split_rows
 
 
 @dataclasses.dataclass
@@ -96,7 +96,7 @@ def mean_gates(
     def forward(params: Any, batch: Batch) -> jax.Array:
         gates = model.apply({"params": params}, split_rows(batch)).gates  # [T, B, I, K(, D)]
         gates = jnp.mean(gates, axis=-1) if gates.ndim == 5 else gates
-        return jnp.transpose(gates, (1, 2, 0, 3))
+        return everywhere(jnp.transpose(gates, (1, 2, 0, 3)))
 
     for questions, batch in prompts.batches(whole_rows(batch_size or experiment.eval.batch_size)):
         gates_BxIxTxK = jax.device_get(forward(params, batch))

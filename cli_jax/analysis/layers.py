@@ -23,7 +23,7 @@ from cli_jax.data import Sample
 from cli_jax.evaluate.output import writable_folder
 from cli_jax.evaluate.run import whole_rows
 from cli_jax.experiment import Experiment
-from cli_jax.generate.engine import split_rows
+from cli_jax.generate.engine import everywhere, split_rows
 
 
 class Group(NamedTuple):
@@ -84,7 +84,8 @@ def mean_similarity(
         look = (tiles[:, None], layers, layers[-1], direction, None)
         u_ExTxNxV, _ = model.apply({"params": params}, *look, method="look")
         real_ExTxNxV = u_ExTxNxV * real_T[:, None, None]
-        return jnp.einsum("etnv,ftnv->ef", real_ExTxNxV, u_ExTxNxV, precision="highest")
+        sums = jnp.einsum("etnv,ftnv->ef", real_ExTxNxV, u_ExTxNxV, precision="highest")
+        return everywhere(sums)
 
     def samples() -> Iterator[Sample]:
         for _, sample in prompts.samples():

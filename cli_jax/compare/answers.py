@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cli_jax.compare.config import Comparison, EvalSetConfig
+from cli_jax.compare.config import HELD_OUT, Comparison, EvalSetConfig
 from cli_jax.compare.runs import Run, predictions_name, result_name
-from cli_jax.compare.splits import HELD_OUT, scenes_of
+from cli_jax.compare.splits import scenes_of
 from cli_jax.experiment import ConfigError
+from cli_jax.train.workdir import read_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +35,30 @@ def read_answers(
     rows = []
     for run in runs:
         path = run.workdir(folder) / predictions_name(file)
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = read_lines(path)
         if [line["category"] for line in lines] != categories:
             raise ConfigError(f"{path} does not answer the questions of {eval_set.path}")
         rows.append([float(lines[i]["correct"]) for i in wanted])
     return Answers(np.array(rows), [scenes[i] for i in wanted], [categories[i] for i in wanted])
+
+
+def unasked(comparison: Comparison, folder: Path, runs: Sequence[Run]) -> dict[str, dict[str, int]]:
+    """By evaluation file and results file of a run: how many rows could not be asked, if any.
+
+    They count as wrong. Where the numbers differ, a picture could not be read for a moment, or an
+    arm's prompts are too long: that would look like a difference between arms.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for name in comparison.eval_files:
+        paths = [run.workdir(folder) / result_name(name) for run in runs]
+        counts = {
+            str(path.relative_to(folder)): len(json.loads(path.read_text())["bad_rows"])
+            for path in paths
+            if path.is_file()
+        }
+        if any(counts.values()):
+            found[name] = counts
+    return found
 
 
 def is_finished(comparison: Comparison, folder: Path, run: Run) -> bool:

@@ -12,7 +12,7 @@ from etils import epath
 from cli_jax import demo
 from cli_jax.analysis.plots import require_matplotlib
 from cli_jax.compare import protocol, splits
-from cli_jax.compare.config import Comparison, from_config
+from cli_jax.compare.config import HELD_OUT, Comparison, from_config
 from cli_jax.compare.progress import Progress
 from cli_jax.compare.report import report
 from cli_jax.compare.runs import (
@@ -27,13 +27,14 @@ from cli_jax.compare.runs import (
     stages,
     train_stage,
 )
-from cli_jax.compare.splits import HELD_OUT
 from cli_jax.compare.summary import choose
 from cli_jax.evaluate.output import writable_folder
 from cli_jax.evaluate.report import write_results
 from cli_jax.experiment import ConfigError
+from cli_jax.train.initial import load_initial
 from cli_jax.train.loop import TrainingError
 from cli_jax.train.setup import make_setup
+from cli_jax.train.workdir import alone
 
 
 def compare(config: Mapping[str, Any], output: str | Path) -> list[Path]:
@@ -44,17 +45,21 @@ def compare(config: Mapping[str, Any], output: str | Path) -> list[Path]:
     """
     require_matplotlib()
     folder = Path(writable_folder(output)).absolute()
-    comparison = from_config(config, folder)
+    with alone(folder):
+        _compare(from_config(config, folder), folder)
+    return report(folder)
+
+
+def _compare(comparison: Comparison, folder: Path) -> None:
     if demo.prepare(comparison.base.data):
         print(f"made the data set {comparison.base.data.prepare!r} in {comparison.base.data.root}")
     cut = splits.cut(comparison)
     if not (folder / protocol.FILE).is_file():
-        _check_setups(comparison)
+        _check_setups(comparison, folder)
     fixed = protocol.fix(comparison, cut.report, folder)
     splits.write(cut, folder)
     print(f"protocol {fixed['hash'][:12]} in {folder / protocol.FILE}")
     _run_all(comparison, folder)
-    return report(folder)
 
 
 def redraw(output: str | Path) -> list[Path]:
@@ -67,14 +72,10 @@ def _run_all(comparison: Comparison, folder: Path) -> None:
     settings = comparison.settings
     runs = plan(settings)
     steps = settings.stage1.steps + settings.stage2.steps
-    finished = sum(
-        experiment.total_steps
-        for run in runs
-        for workdir, experiment in stages(comparison, folder, run)
-        if is_trained(workdir, experiment)
-    )
+    finished = sum(_finished_updates(comparison, folder, run) for run in runs)
     with Progress(steps * len(runs), finished) as progress:
         for number, run in enumerate(runs, start=1):
+            progress.begin(str(run))
             failed = run.folder(folder) / FAILED
             if not failed.is_file():
                 try:
@@ -82,6 +83,7 @@ def _run_all(comparison: Comparison, folder: Path) -> None:
                 except TrainingError as error:  # it diverged, which says something about its arm
                     write_results(epath.Path(failed), {"run": str(run), "error": str(error)})
             if failed.is_file():
+                progress.fail(steps - _finished_updates(comparison, folder, run))
                 progress.say(f"{run} FAILED, see {failed}: remove it to try again")
         for encoder in settings.encoders:
             for fraction in settings.fractions:
@@ -120,8 +122,20 @@ def _run(comparison: Comparison, folder: Path, run: Run, what: str, progress: Pr
         progress.say(f"{run}: " + ", ".join(f"{name} {score:.1%}" for name, score in scores))
 
 
-def _check_setups(comparison: Comparison) -> None:
-    """Everything that shapes can tell is wrong with an arm is found before the first run."""
+def _finished_updates(comparison: Comparison, folder: Path, run: Run) -> int:
+    """Updates of a run's finished stages."""
+    return sum(
+        experiment.total_steps
+        for workdir, experiment in stages(comparison, folder, run)
+        if is_trained(workdir, experiment)
+    )
+
+
+def _check_setups(comparison: Comparison, folder: Path) -> None:
+    """Everything that shapes can tell is wrong with an arm is found before the first run.
+
+    The same of encoders: one that is missing would be noted in the protocol as if it were there.
+    """
     settings = comparison.settings
     for arm in settings.arms:
         for stage in (settings.stage1, settings.stage2):
@@ -131,3 +145,6 @@ def _check_setups(comparison: Comparison) -> None:
                 make_setup(comparison.experiment(arm.name, stage))
             except ValueError as error:  # e.g. a layer that the towers do not have
                 raise ConfigError(f"config.compare: the arm {arm.name!r}: {error}") from error
+    for encoder in settings.encoders:
+        run = Run(encoder.name, settings.fractions[0], settings.seeds[0], settings.baseline)
+        load_initial(make_setup(stages(comparison, folder, run)[0][1]))

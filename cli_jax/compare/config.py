@@ -25,6 +25,7 @@ from cli_jax.experiment import (
     plain,
 )
 
+HELD_OUT = "held_out"  # the held-out pictures' place among the evaluation files
 _NAME = re.compile(r"\w[\w.+=-]*")  # names become folders
 _ARM_MAY_CHANGE = ("fusion", "routing", "model", "optimizer")  # model: the projector's width
 _STAGE_MAY_CHANGE = ("optimizer",)
@@ -118,12 +119,18 @@ class Comparison:
         return next(arm for arm in self.settings.arms if arm.name == name)
 
     def experiment(self, arm: str, stage: StageConfig) -> Experiment:
-        """The base with a stage's and an arm's changes; data, seed and start are the run's."""
+        """The base with a stage's and an arm's changes; data, seed and start are the run's.
+
+        What both change is the arm's in stage 2, and in stage 1 the stage's: what is aligned there
+        is the same in all arms.
+        """
         config = {key: value for key, value in self.raw.items() if key != "compare"}
-        for changes in (stage.changes, self.arm(arm).changes):
+        last = stage is self.settings.stage2
+        own = self.arm(arm).changes
+        for changes in (stage.changes, own) if last else (own, stage.changes):
             config = _merged(config, changes)
         built = from_dict(config)
-        every = self.settings.eval_every if stage is self.settings.stage2 else 0
+        every = self.settings.eval_every if last else 0
         return dataclasses.replace(
             built,
             name=f"{built.name} {arm}",
@@ -177,6 +184,7 @@ def from_config(config: Mapping[str, Any], folder: str | Path) -> Comparison:
         )
     for arm in settings.arms:
         _check_arm(comparison, arm)
+    _check_packing(comparison)
     return comparison
 
 
@@ -188,6 +196,7 @@ def _check(c: CompareConfig) -> None:
         ("encoders", [each.name for each in c.encoders]),
         ("seeds", c.seeds),
         ("fractions", c.fractions),
+        ("arms and select", [*names, *(each.name for each in c.select)]),
     ):
         if not found or len(set(found)) != len(found):
             raise ConfigError(f"config.compare.{what} must not be empty or repeat: {list(found)}")
@@ -196,6 +205,13 @@ def _check(c: CompareConfig) -> None:
             raise ConfigError(
                 f"config.compare: the name {name!r} becomes a folder: use letters, digits and _.+=-"
             )
+    if unusable := [each.name for each in c.select if "/" in each.name]:
+        raise ConfigError(f"config.compare.select: {unusable[0]!r} becomes a file: no '/' in it")
+    if unusable := [each.name for each in c.evals if each.name.startswith(HELD_OUT)]:
+        raise ConfigError(
+            f"config.compare.evals: {unusable[0]!r} would be mixed up with the held-out "
+            f"pictures: choose a name that does not begin with {HELD_OUT!r}"
+        )
     for name in (c.baseline, *(name for each in c.select for name in each.arms)):
         if name not in names:
             raise ConfigError(f"config.compare: there is no arm {name!r}; the arms are {names}")
@@ -244,6 +260,22 @@ def _check_arm(comparison: Comparison, arm: ArmConfig) -> None:
                 raise ConfigError(
                     f"config.compare: the arm {arm.name!r} changes model.{part}, which all share"
                 )
+
+
+def _check_packing(comparison: Comparison) -> None:
+    """Pictures of different sizes fill packed rows differently: updates would differ in samples."""
+    if not comparison.base.data.pack:
+        return
+    extras = {
+        arm.name: comparison.experiment(arm.name, comparison.settings.stage2).extras
+        for arm in comparison.settings.arms
+    }
+    first, *others = extras
+    if different := [name for name in others if extras[name] != extras[first]]:
+        raise ConfigError(
+            f"config.compare: the pictures of the arm {different[0]!r} have other sizes than those "
+            f"of {first!r}, so packed rows would hold other samples: set config.data.pack=False"
+        )
 
 
 def _merged(config: Any, changes: Any) -> Any:

@@ -12,9 +12,8 @@ import numpy as np
 from etils import epath
 
 from cli_jax.analysis.plots import new_figure, save, smooth
-from cli_jax.compare.config import Comparison
+from cli_jax.compare.config import HELD_OUT, Comparison
 from cli_jax.compare.runs import Run, result_name
-from cli_jax.compare.splits import HELD_OUT
 from cli_jax.train import metrics
 from cli_jax.train.workdir import read_lines
 
@@ -202,4 +201,6 @@ def _draw_seeds(axes: Any, seeds: list[Points], label: str, color: Any, smoothed
 def _colors(count: int) -> list[Any]:
     from matplotlib import colormaps
 
+    if count > 20:  # no list has so many: neighbors look alike, but no two are the same
+        return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
     return [colormaps["tab10" if count <= 10 else "tab20"](i) for i in range(count)]

@@ -48,6 +48,12 @@ class Progress:
         self._bar.update(step - self._step)
         self._step = step
 
+    def fail(self, unfinished: int) -> None:
+        """Takes note that the current run has failed: of the updates of its unfinished stages only
+        those of the current one that were done before will ever be done."""
+        self._bar.total -= unfinished - (self._step or 0)
+        self._bar.refresh()
+
     def say(self, text: str) -> None:
         """A line above the bar."""
         self._bar.write(text, file=sys.stdout)

@@ -19,10 +19,10 @@ from typing import Any
 from etils import epath
 
 from cli_jax.analysis.gates import analyze_gates
-from cli_jax.compare.config import CompareConfig, Comparison, StageConfig
+from cli_jax.compare.config import HELD_OUT, CompareConfig, Comparison, StageConfig
 from cli_jax.compare.progress import Progress
-from cli_jax.compare.splits import HELD_OUT, eval_file, train_sources
-from cli_jax.data import DataError
+from cli_jax.compare.splits import eval_file, train_sources
+from cli_jax.data import DataError, pipeline
 from cli_jax.dryrun import flops
 from cli_jax.evaluate.report import write_results
 from cli_jax.evaluate.run import evaluate
@@ -115,10 +115,12 @@ def train_stage(workdir: Path, experiment: Experiment, progress: Progress) -> No
         return
     with logged(workdir.parent), contextlib.closing(open_data(experiment)) as data:
         result = train(experiment, str(workdir), data, watchers=(progress.done,))
+        books = pipeline.report(data.get_state())
     if not result.complete:
         progress.say("stopped and saved: the same command goes on from there")
         raise KeyboardInterrupt
-    write_results(epath.Path(workdir / TRAINED), _cost(result, workdir))
+    samples = {key: books[key] for key in ("drawn", "skipped_rows", "too_long_rows")}
+    write_results(epath.Path(workdir / TRAINED), {"samples": samples, **_cost(result, workdir)})
 
 
 def answer(comparison: Comparison, root: Path, run: Run, names: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cli_jax.compare.config import Comparison
+from cli_jax.compare.config import HELD_OUT, Comparison
 from cli_jax.data.parts import PartOf, in_order, scene_of
 from cli_jax.data.sources import RowError, open_sources
 from cli_jax.evaluate.prompts import read_questions
@@ -24,7 +24,6 @@ from cli_jax.experiment import ConfigError, SourceConfig
 from cli_jax.text.conversation import ConversationError, exchanges
 
 FOLDER = "splits"
-HELD_OUT = "held_out"  # the held-out pictures' place among the evaluation files
 HELD_OUT_FILE = f"{HELD_OUT}.jsonl"
 Row = dict[str, Any]
 

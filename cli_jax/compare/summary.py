@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from cli_jax.compare.answers import Answers, is_finished, read_answers
+from cli_jax.compare.answers import Answers, is_finished, read_answers, unasked
 from cli_jax.compare.bootstrap import interval
-from cli_jax.compare.config import Comparison
-from cli_jax.compare.runs import FAILED, TRAINED, Run, result_name
-from cli_jax.compare.splits import HELD_OUT
+from cli_jax.compare.config import HELD_OUT, Comparison
+from cli_jax.compare.runs import FAILED, STAGES, TRAINED, Run, plan, result_name
 
 Json = dict[str, Any]
 COSTS = ("parameters", "trained_parameters", "forward_flops", "update_flops")
@@ -54,7 +53,13 @@ def summarize(comparison: Comparison, folder: Path, protocol: Json) -> Json:
     return {
         "name": comparison.base.name,
         "protocol": protocol["hash"],
-        "revisions": sorted({run["revision"] for run in _run_files(folder)}),
+        "revisions": sorted(
+            {
+                each
+                for run in _run_files(folder)
+                for each in (run["revision"], *run["earlier_revisions"])
+            }
+        ),
         "devices": sorted({run["devices"] for run in _run_files(folder)}),
         "baseline": settings.baseline,
         "seeds": list(settings.seeds),
@@ -64,6 +69,7 @@ def summarize(comparison: Comparison, folder: Path, protocol: Json) -> Json:
         "splits": protocol["splits"],
         "encoders": protocol["encoders"],
         "draws": settings.draws,
+        "unasked": unasked(comparison, folder, plan(settings)),
         "cells": [
             _cell(comparison, folder, encoder.name, fraction)
             for encoder in settings.encoders
@@ -84,6 +90,11 @@ def _cell(comparison: Comparison, folder: Path, encoder: str, fraction: float) -
         "rows": [row for row in rows if row["seeds"]],
         "unfinished": [
             row["label"] for row in rows if len(row["seeds"]) < len(comparison.settings.seeds)
+        ]
+        + [
+            select.name
+            for select in comparison.settings.select
+            if select.name not in {choice.name for choice in choices}
         ],
         "failed": [
             _read(path)
@@ -114,6 +125,10 @@ def _row(
         return row
     costs = [_read(run.workdir(folder) / TRAINED) for run in own.values()]
     row |= {name: costs[0][name] for name in COSTS}
+    row["samples"] = [cost["samples"] for cost in costs]
+    if settings.stage1.steps:
+        first = next(iter(own.values())).folder(folder) / STAGES[0] / TRAINED
+        row["stage1_trained_parameters"] = _read(first)["trained_parameters"]
     times = [cost["seconds_per_update"] for cost in costs if cost["seconds_per_update"]]
     row["seconds_per_update"] = statistics.median(times) if times else None
     row["sets"] = {}

@@ -50,12 +50,26 @@ def _header(results: Json) -> str:
     ]
     if len(results["revisions"]) > 1:
         lines.append("**The code changed between runs: they are not strictly comparable.**")
+    for file, counts in results["unasked"].items():
+        lines.append(_unasked(file, counts))
     notes = _NOTES.format(
         baseline=results["baseline"],
         draws=results["draws"],
         devices=" and ".join(results["devices"]) or "nothing yet",
     )
     return "\n".join(lines) + "\n\n" + notes
+
+
+def _unasked(file: str, counts: dict[str, int]) -> str:
+    """What to think of rows that could not be asked, by results file of a run."""
+    least, most = min(counts.values()), max(counts.values())
+    if least == most:
+        return f"{most:,} rows of {file} could not be asked and count as wrong in all runs."
+    worst = max(counts, key=lambda path: counts[path])
+    return (
+        f"**{least:,} to {most:,} rows of {file} could not be asked, by run, and count as wrong: "
+        f"runs are not comparable. See bad_rows in {worst}; remove such a file to ask again.**"
+    )
 
 
 def _cell(results: Json, cell: Json, figures: list[tuple[str, str]]) -> list[str]:
@@ -65,6 +79,11 @@ def _cell(results: Json, cell: Json, figures: list[tuple[str, str]]) -> list[str
     if cell["unfinished"]:
         blocks.append(f"**Not finished: {', '.join(cell['unfinished'])}.**")
     blocks += [f"**Failed: {each['run']}**: {each['error']}" for each in cell["failed"]]
+    if different := _other_samples(cell["rows"]):
+        blocks.append(
+            f"**{', '.join(different)}: other samples than {cell['rows'][0]['label']} saw, so not "
+            f"comparable (`samples` in results.json; rows may be too long for some arms).**"
+        )
     if cell["rows"]:
         blocks.append(_main_table(results, cell["rows"]))
         for name in cell["rows"][0]["sets"]:
@@ -100,6 +119,16 @@ def _contrasts_table(contrasts: Sequence[Json]) -> str:
     return _table(["contrast", "encoder (pairs of runs)", *contrasts[0]["sets"]], body)
 
 
+def _other_samples(rows: Sequence[Json]) -> list[str]:
+    """Labels of the arms that drew or dropped other numbers of samples than the first, by seed."""
+    seen = [dict(zip(row["seeds"], row["samples"], strict=True)) for row in rows]
+    return [
+        row["label"]
+        for row, own in zip(rows, seen, strict=True)
+        if any(own[seed] != seen[0][seed] for seed in own.keys() & seen[0].keys())
+    ]
+
+
 def _main_table(results: Json, rows: Sequence[Json]) -> str:
     names = list(rows[0]["sets"])
     head = ["arm"]
@@ -117,7 +146,7 @@ def _main_table(results: Json, rows: Sequence[Json]) -> str:
         line += [_mean(row["held_out"])] * has_held_out
         seconds = row["seconds_per_update"]
         line += [
-            f"{row['trained_parameters']:,}",
+            _trained(row),
             f"{row['parameters']:,}",
             f"{row['forward_flops'] / 1e6:,.1f}",
             f"{1000 * seconds:,.0f}" if seconds else "–",
@@ -143,6 +172,12 @@ def _category_table(rows: Sequence[Json], name: str) -> str:
 def _changes_table(rows: Sequence[Json]) -> str:
     body = [[row["label"], f"`{json.dumps(row['changes'])}`"] for row in rows]
     return _table(["arm", "changes of the base config"], body, numbers=False)
+
+
+def _trained(row: Json) -> str:
+    """Trained parameters, of both stages if there are two."""
+    first = row.get("stage1_trained_parameters")
+    return (f"{first:,}, then " if first else "") + f"{row['trained_parameters']:,}"
 
 
 def _mean(found: Json) -> str:

@@ -72,7 +72,8 @@ class Tally:
 class Ledger:
     """Adds up tallies; `add` raises DataError when too much of a source is unusable.
 
-    names: path of every source; ranges: its rows that are in use, as (start, stop).
+    names: path of every source; ranges: its rows that are in use, as (start, stop), of which every
+    one of `processes` draws its share.
     """
 
     def __init__(
@@ -83,11 +84,12 @@ class Ledger:
         *,
         max_bad_share: float,
         strict: bool,
+        processes: int = 1,
     ):
         self._names, self._sizes = list(names), sizes
         self._starts = [start for start, _ in ranges]
         self._lengths = [stop - start for start, stop in ranges]
-        self._max_bad_share, self._strict = max_bad_share, strict
+        self._max_bad_share, self._strict, self._processes = max_bad_share, strict, processes
         self._sum = Tally.zero(len(names))
         self._dropped = [np.zeros(n, bool) for n in self._lengths]
         self._bad = [0] * len(names)
@@ -126,10 +128,12 @@ class Ledger:
     def _check(self, source: int) -> None:
         name, rows, bad = self._names[source], self._lengths[source], self._bad[source]
         drawn, used = self._sum.drawn[source], self._sum.used[source]
+        # What this process has met, in later epochs more than a share; never fewer than that share.
+        met = max(min(drawn, rows), -(-rows // self._processes))
         reasons = "".join(f"\n  {line}" for line in self._first)
-        if bad > self._max_bad_share * rows:
+        if bad > self._max_bad_share * met:
             raise DataError(
-                f"{name}: {bad} of {rows} rows cannot be used, more than data.max_bad_share = "
+                f"{name}: {bad} of {met} rows cannot be used, more than data.max_bad_share = "
                 f"{self._max_bad_share}; repair them or raise it. First reasons:{reasons}"
             )
         if used == 0 and drawn >= min(rows, HOPELESS):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,22 +26,11 @@ PartOf = Literal["train", "held_out"]
 
 
 class Part:
-    """Some rows of a file, those of one part within `rows` = (start, stop), captioned if asked."""
+    """Some rows of a file, captioned if asked."""
 
-    def __init__(self, file: Rows, rows: tuple[int, int], data: DataConfig, part: PartOf) -> None:
+    def __init__(self, file: Rows, indices: np.ndarray, data: DataConfig) -> None:
         self.path: Path = file.path
-        self._file, self._captions = file, data.captions
-        self._indices = np.arange(*rows)
-        if data.held_out or part == "held_out":
-            scenes = [scene_of(_row(file, i), data.scene) for i in range(*rows)]
-            held_out = held_out_scenes(scenes, data.held_out)
-            mine = [(scene in held_out) == (part == "held_out") for scene in scenes]
-            self._indices = self._indices[mine]
-        if not len(self._indices):
-            raise ConfigError(
-                f"config.data.held_out={data.held_out} leaves no row of {file.path} to "
-                f"{'train on' if part == 'train' else 'measure on'}"
-            )
+        self._file, self._indices, self._captions = file, indices, data.captions
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -50,6 +39,31 @@ class Part:
         """Row `index` of the part; ConversationError if no caption can be made of it."""
         row = self._file[int(self._indices[index])]
         return caption_row(row, self._captions) if self._captions else row
+
+
+def parts(
+    files: Sequence[Rows], ranges: Sequence[tuple[int, int]], data: DataConfig, part: PartOf
+) -> Iterator[Part]:
+    """The part of every file. A scene that one file holds out is held out of all of them.
+
+    Raises ConfigError if nothing of a file is left.
+    """
+    indices = [np.arange(*rows) for rows in ranges]
+    if data.held_out or part == "held_out":
+        scenes = [
+            [scene_of(_row(file, i), data.scene) for i in range(*rows)]
+            for file, rows in zip(files, ranges, strict=True)
+        ]
+        held_out = set().union(*(held_out_scenes(each, data.held_out) for each in scenes))
+        for i, own in enumerate(scenes):
+            indices[i] = indices[i][[(each in held_out) == (part == "held_out") for each in own]]
+    for file, at in zip(files, indices, strict=True):
+        if not len(at):
+            raise ConfigError(
+                f"config.data.held_out={data.held_out} leaves no row of {file.path} to "
+                f"{'train on' if part == 'train' else 'measure on'}"
+            )
+        yield Part(file, at, data)
 
 
 def scene_of(row: Mapping[str, Any], pattern: str) -> str:

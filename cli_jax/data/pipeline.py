@@ -179,6 +179,7 @@ def make_loader(
         sizes,
         max_bad_share=data.max_bad_share,
         strict=data.strict,
+        processes=process_count,
     )
     settings |= {
         "row": list(sizes.row),

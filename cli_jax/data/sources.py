@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cli_jax.data.parts import Part, PartOf
+from cli_jax.data.parts import PartOf, parts
 from cli_jax.experiment import ConfigError, DataConfig, SourceConfig
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -105,7 +105,7 @@ def open_sources(
     ranges = [_range(source, len(file)) for source, file in zip(data.train, files, strict=True)]
     roots = [source.image_root or str(Path(source.path).parent) for source in data.train]
     if data.captions or data.held_out:
-        files = [Part(f, rows, data, part) for f, rows in zip(files, ranges, strict=True)]
+        files = list(parts(files, ranges, data, part))
         ranges = [(0, len(file)) for file in files]
     return files, ranges, roots
 

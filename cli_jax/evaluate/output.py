@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import uuid
 from pathlib import Path
 
 from etils import epath
@@ -15,7 +15,7 @@ class OutputError(ValueError):
 def writable_folder(path: str | Path) -> epath.Path:
     """Creates the folder and writes a file in it for a moment; raises OutputError if it cannot."""
     folder = epath.Path(path)
-    probe = folder / f".writable_{os.getpid()}"
+    probe = folder / f".writable_{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")

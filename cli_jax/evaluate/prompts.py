@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
@@ -41,14 +41,35 @@ class Question:
     error: str = ""
 
 
-def read_questions(path: str | Path, limit: int = 0) -> list[Question]:
-    """The questions of a JSON or JSONL file, in order; the first `limit` of them, 0 = all.
+class Questions(Sequence[Question]):
+    """The questions of a JSON or JSONL file, in order; each is read anew and none is kept.
 
-    A row without `category` belongs to `all`, one without `id` is called by its number. Raises
-    DataError for a file that cannot be read.
+    A row without `category` belongs to `all`, one without `id` is called by its number.
+    """
+
+    def __init__(self, rows: RowFile, length: int) -> None:
+        self._rows, self._length = rows, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Question]: ...
+    def __getitem__(self, index: int | slice) -> Question | list[Question]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._length))]
+        return _question(self._rows, range(self._length)[index])
+
+
+def read_questions(path: str | Path, limit: int = 0) -> Questions:
+    """The questions of a file; the first `limit` of them, 0 = all.
+
+    Raises DataError for a file that cannot be read.
     """
     rows = RowFile(path)
-    return [_question(rows, i) for i in range(min(limit or len(rows), len(rows)))]
+    return Questions(rows, min(limit or len(rows), len(rows)))
 
 
 def prompt_spec(experiment: Experiment, tokenizer: Tokenizer, new_tokens: int) -> SampleSpec:

@@ -35,6 +35,13 @@ class DenseConnectorConfig:
     variant: Literal["sti", "sci", "dci"] = "dci"
     taps: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.variant == "dci" and self.taps:
+            raise ValueError(
+                f"fusion.dense_connector.taps={self.taps}: dci takes the means of all layers, so "
+                "leave taps empty, or choose sti or sci"
+            )
+
 
 class DenseConnector(base.Fusion):
     """Input-side only; the pooled tokens of sti stand behind the picture's last newline."""

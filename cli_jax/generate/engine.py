@@ -57,7 +57,7 @@ class Generator:
 
         def run(params: Any, batch: Batch, requests: jax.Array) -> tuple[jax.Array, jax.Array]:
             self.compilations += 1  # the body runs when it is traced, so once per shape
-            return _generate(
+            found = _generate(
                 model,
                 params,
                 batch,
@@ -67,6 +67,7 @@ class Generator:
                 max_new_tokens=max_new_tokens,
                 sampling=sampling or Sampling(),
             )
+            return everywhere(found)
 
         self._run = jax.jit(run)
 
@@ -165,6 +166,15 @@ def split_rows(batch: Any) -> Any:
         return nn.with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
 
     return jax.tree.map(split, batch)
+
+
+def everywhere(results: Any) -> Any:
+    """Under a mesh every device gets all of the results, so that any process can read them."""
+
+    def whole(x: jax.Array) -> jax.Array:
+        return nn.with_logical_constraint(x, (None,) * x.ndim)
+
+    return jax.tree.map(whole, results)
 
 
 def _check_rows(segment_ids: np.ndarray, requests: int) -> None:

@@ -67,7 +67,8 @@ def resolve(where: str | Path) -> Path:
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(str(where)):
-        raise ConversionError(f"{where} does not exist")
+        hint = ": copy it into a local or mounted folder" if "://" in str(where) else ""
+        raise ConversionError(f"{where} does not exist{hint}")
     from huggingface_hub import snapshot_download
 
     try:

@@ -99,4 +99,8 @@ def _turn(turn: Any) -> Turn:
         raise ConversationError(f"unknown role {role!r}; known: {', '.join(_ROLES)}")
     if not isinstance(text, str):
         raise ConversationError(f"the {text_key} of a {role} turn is not text: {text!r:.80}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConversationError(f"the {text_key} of a {role} turn is not text: {error}") from None
     return Turn(_ROLES[role], text)

@@ -29,7 +29,7 @@ from cli_jax.train.setup import Setup, make_setup
 from cli_jax.train.state import TrainState, flatten
 from cli_jax.train.step import compile_step
 from cli_jax.train.watchdog import Watchdog
-from cli_jax.train.workdir import describe, git_revision, prepare
+from cli_jax.train.workdir import alone, describe, git_revision, prepare
 
 AtSave = Callable[[Setup, TrainState], None]  # is told the state of a checkpoint
 Finished = Callable[[int, dict[str, float]], None]  # is told the number and metrics of an update
@@ -68,6 +68,7 @@ def train(
     setup = make_setup(experiment)
     check_processes(setup)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(alone(folder))
         interrupt = stack.enter_context(Interrupt())
         checkpoints = Checkpoints(folder, experiment.checkpoint)
         stack.callback(checkpoints.close)

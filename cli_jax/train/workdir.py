@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
+from filelock import FileLock, Timeout
 
 from cli_jax import __version__
 from cli_jax.experiment import Experiment, to_dict
+
+LOCK = ".lock"
 
 
 class WorkdirError(RuntimeError):
@@ -23,8 +29,13 @@ class WorkdirError(RuntimeError):
 
 def prepare(workdir: str | os.PathLike) -> epath.Path:
     """Creates the folder and proves that it can be written to; raises `WorkdirError` if not."""
+    if "://" in str(workdir):
+        raise WorkdirError(
+            f"--workdir {workdir} is not a folder: logs are appended to, which buckets do not "
+            f"allow. Mount the bucket (e.g. Cloud Storage FUSE) and give the mounted folder"
+        )
     folder = epath.Path(workdir)
-    probe = folder / f".writable_{os.getpid()}"
+    probe = folder / f".writable_{uuid.uuid4().hex}"  # containers of a pod have equal process ids
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
@@ -37,12 +48,35 @@ def prepare(workdir: str | os.PathLike) -> epath.Path:
     return folder
 
 
+@contextlib.contextmanager
+def alone(folder: epath.PathLike) -> Iterator[None]:
+    """Raises WorkdirError while another process (of another command) writes to the folder."""
+    if jax.process_index():
+        yield
+        return
+    lock = FileLock(str(epath.Path(folder) / LOCK), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise WorkdirError(
+            f"{folder} is in use by another process: wait for it, stop it, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def describe(folder: epath.Path, experiment: Experiment, revision: str) -> None:
     """Writes `config.json`, the resolved config, and `run.json`, the code and the machine."""
     if jax.process_index():
         return
+    path = folder / "run.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    earlier = [*before.get("earlier_revisions", []), before.get("revision", revision)]
     run = {
         "revision": revision,
+        "earlier_revisions": [each for each in dict.fromkeys(earlier) if each != revision],
         "cli_jax": __version__,
         "jax": jax.__version__,
         "python": platform.python_version(),
@@ -50,8 +84,18 @@ def describe(folder: epath.Path, experiment: Experiment, revision: str) -> None:
         "processes": jax.process_count(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    (folder / "config.json").write_text(json.dumps(to_dict(experiment), indent=2) + "\n")
-    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    _write(folder / "config.json", to_dict(experiment))
+    _write(path, run)
+
+
+def _write(path: epath.Path, content: dict[str, Any]) -> None:
+    """Beside the target first: a kill or a full disk leaves what was there."""
+    partial = path.parent / f"{path.name}.partial"
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise WorkdirError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:

@@ -208,6 +208,9 @@ def test_the_summary_names_the_layer_or_says_that_there_is_none():
     sums[:3] = 0.9
     settled = attention.summary(attention.Mass(sums, prompts=2))
     assert settled.endswith("\n--config.routing.saturation=3")
+    at_once = attention.summary(attention.Mass(np.ones_like(sums), prompts=2))
+    assert "saturation layer s = 0 of" in at_once
+    assert "--config.routing.saturation=1\n(1 is the least" in at_once  # 0 would be refused
     assert "0.450 at layer 0" in settled
     sums[-1] = 0.9
     assert "never settles" in attention.summary(attention.Mass(sums, prompts=2))

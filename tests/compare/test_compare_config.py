@@ -71,6 +71,15 @@ def test_the_stages_of_a_run(tmp_path):
         ),
         ({"armss": []}, "unknown key config.compare.armss; did you mean 'arms'"),
         ({"encoders": [{"name": "a/b"}]}, "'a/b' becomes a folder"),
+        ({"select": [{"name": "1/3", "arms": ["none", "layer_1"]}]}, "'1/3' becomes a file"),
+        (
+            {"select": [{"name": "none", "arms": ["none", "layer_1"]}]},
+            r"arms and select must not be empty or repeat: \['none', 'cli', 'layer_1', 'none'\]",
+        ),
+        (
+            {"evals": [{"name": "held_out_2", "path": "val.json"}]},
+            "'held_out_2' would be mixed up with the held-out pictures",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, change, message):
@@ -91,6 +100,36 @@ def test_an_arm_that_is_not_comparable_is_refused(tmp_path, changes, message):
     arms = [arm("none", "none"), {"name": "odd", "changes": changes}]
     with pytest.raises(ConfigError, match=message):
         from_config(config(tmp_path, arms=arms, select=[]), tmp_path)
+
+
+def test_an_arm_with_its_own_rates_aligns_what_all_align(tmp_path):
+    rates = {"optimizer": {"groups": [{"pattern": "fusion/agf/.*", "lr": 1e-4}], "lr": 1e-3}}
+    arms = [arm("none", "none"), arm("cli", "cli"), arm("slow", "cli")]
+    arms[2]["changes"] |= rates
+    comparison = from_config(config(tmp_path, arms=arms, select=[]), tmp_path)
+    first, second = (
+        [comparison.experiment(name, stage).optimizer for name in ("cli", "slow")]
+        for stage in (comparison.settings.stage1, comparison.settings.stage2)
+    )
+    assert first[0].groups == first[1].groups
+    assert first[0].groups[-1].lr is None
+    assert [group.pattern for group in second[1].groups] == ["fusion/agf/.*"]
+    assert second[0].groups == ()
+    assert second[1].lr == 1e-3
+
+
+def test_packed_rows_hold_the_same_samples_or_are_refused(tmp_path):
+    arms = [arm("none", "none"), arm("sci", "dense_connector", variant="sci", taps=[1])]
+    arms += [arm("sti", "dense_connector", variant="sti", taps=[1])]
+    base = config(tmp_path, arms=arms[:2], select=[])
+    base["model"]["vision"] |= {"image_size": 16, "patch_size": 4}
+    base["data"] |= {"pack": True, "visual_per_row": 20}
+    from_config(base, tmp_path)
+    base["compare"]["arms"] = arms
+    with pytest.raises(ConfigError, match=r"'sti' have other sizes than those of 'none'.*pack=Fal"):
+        from_config(base, tmp_path)
+    base["data"]["pack"] = False
+    from_config(base, tmp_path)
 
 
 def test_an_experiment_alone_is_no_comparison(tmp_path):

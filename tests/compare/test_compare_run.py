@@ -10,13 +10,15 @@ from compare_tiny import config
 
 from cli_jax.compare import runs
 from cli_jax.compare.command import compare, redraw
+from cli_jax.compare.config import HELD_OUT
 from cli_jax.compare.progress import Progress
 from cli_jax.compare.runs import Run
-from cli_jax.compare.splits import HELD_OUT
 from cli_jax.experiment import ConfigError
+from cli_jax.hf.error import ConversionError
 from cli_jax.train.checkpoint import load_params, stored_arrays
 from cli_jax.train.loop import TrainingError
 from cli_jax.train.state import flatten
+from cli_jax.train.workdir import WorkdirError, alone
 
 ARMS, SEEDS = ("none", "cli", "layer_1"), (0, 1)
 
@@ -36,7 +38,8 @@ def comparable(folder):
 
 def test_everything_is_left(finished):
     left = {path.name for path in finished.folder.iterdir()}
-    assert left == {"protocol.json", "splits", "runs", "results.md", "results.json", "figures"}
+    report = {"results.md", "results.json", "figures"}
+    assert left == {"protocol.json", "splits", "runs", ".lock", *report}
     figures = {path.name for path in (finished.folder / "figures" / "random_1").iterdir()}
     assert figures == {
         "accuracy_val.png",
@@ -144,6 +147,31 @@ def test_finished_runs_are_left_alone(finished, data, tmp_path, monkeypatch):
     assert comparable(finished.folder) == before
 
 
+def test_a_folder_in_use_is_refused(finished, data):
+    with alone(finished.folder), pytest.raises(WorkdirError, match=r"out.*/whole is in use by"):
+        compare(config(data), finished.folder)
+
+
+def test_an_encoder_that_is_missing_does_not_become_part_of_a_protocol(data, tmp_path):
+    encoders = [{"name": "random"}, {"name": "gone", "path": str(tmp_path / "gone")}]
+    with pytest.raises(ConversionError, match=r"/gone does not exist"):
+        compare(config(data, encoders=encoders), tmp_path / "out")
+    assert not (tmp_path / "out" / "protocol.json").exists()
+
+
+def test_the_bar_counts_what_is_done_and_what_never_will_be():
+    with Progress(total=24, finished=6) as progress:
+        progress.begin("a stage that goes on after its second update")
+        for step in (3, 4):
+            progress.done(step)
+        assert (progress._bar.n, progress._bar.initial, progress._bar.total) == (10, 8, 24)
+        progress.begin("a stage that diverges at its third update")
+        for step in (1, 2):
+            progress.done(step)
+        progress.fail(6)
+        assert (progress._bar.n, progress._bar.total) == (12, 20)
+
+
 def test_a_changed_config_or_file_is_refused(finished, data, tmp_path):
     protocol = (finished.folder / "protocol.json").read_text()
     for change, text in (
@@ -200,6 +228,10 @@ def test_report_only_redraws_what_is_there(finished, tmp_path):
         target = folder / path
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     (workdir(folder, "cli", 1) / "results_val.json").unlink()
+    answered = workdir(folder, "cli", 0) / "predictions_val.jsonl"
+    first, *others = answered.read_text().split("\n")
+    odd = json.dumps(json.loads(first) | {"prediction": "a\u2028b"}, ensure_ascii=False)
+    answered.write_text("\n".join([odd, *others]))  # a line separator is no end of a line here
     written = redraw(folder)
     assert all(path.is_file() for path in written)
     (cell,) = comparable(folder)["cells"]

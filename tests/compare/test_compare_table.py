@@ -47,16 +47,20 @@ def folder(tmp_path):
             (workdir / "predictions_val.jsonl").write_text("\n".join(lines) + "\n")
             cost = {"parameters": 2000, "trained_parameters": 1000 + seed, "steps": 4}
             cost |= {"forward_flops": 3.5e6, "update_flops": 1e7}
+            cost["samples"] = {"drawn": 16, "skipped_rows": 0, "too_long_rows": 0}
             cost["seconds_per_update"] = 0.020 + 0.002 * seed
             overall = {"overall": {"exact_match": HELD_OUT[arm][seed]}}
             metrics = "".join(json.dumps({"step": s, "loss": 3.0 - s / 2}) + "\n" for s in range(5))
             for name, content in (
-                ("results_val.json", {}),
+                ("results_val.json", {"bad_rows": []}),
                 ("results_held_out.json", overall),
                 ("trained.json", cost),
-                ("run.json", {"revision": "abc", "devices": "1 x cpu"}),
+                ("run.json", {"revision": "abc", "earlier_revisions": [], "devices": "1 x cpu"}),
             ):
                 (workdir / name).write_text(json.dumps(content))
+            aligned = workdir.parent / "stage1"
+            aligned.mkdir()
+            (aligned / "trained.json").write_text(json.dumps({"trained_parameters": 77}))
             (workdir / "metrics.jsonl").write_text(metrics)
     return folder
 
@@ -104,6 +108,31 @@ def test_a_selection_goes_by_held_out_pictures_and_the_first_of_equals(folder):
     assert choose(comparison, folder, "random", 1.0)[0].arm == "none"
     path.unlink()
     assert choose(comparison, folder, "random", 1.0) == []
+    assert "Not finished: best layer." in markdown(summary(folder), {})
+
+
+def test_what_makes_runs_incomparable_is_said(folder):
+    text = markdown(summary(folder), {})
+    assert "could not be asked" not in text
+    assert "other samples" not in text
+    assert "77, then 1,000" in text
+    workdirs = {arm: Run("random", 1.0, 0, arm).workdir(folder) for arm in RIGHT}
+    bad = {"bad_rows": [{"id": "v1", "reason": "ImageError: gone"}]}
+    for arm in RIGHT:
+        for seed in (0, 1):
+            (Run("random", 1.0, seed, arm).workdir(folder) / "results_val.json").write_text(
+                json.dumps(bad)
+            )
+    assert "\n1 rows of val could not be asked and count as wrong in all" in markdown(
+        summary(folder), {}
+    )
+    (workdirs["cli"] / "results_val.json").write_text(json.dumps({"bad_rows": []}))
+    text = markdown(summary(folder), {})
+    assert "**0 to 1 rows of val could not be asked, by run, and count as wrong: runs are" in text
+    cost = json.loads((workdirs["cli"] / "trained.json").read_text())
+    cost["samples"]["too_long_rows"] = 3
+    (workdirs["cli"] / "trained.json").write_text(json.dumps(cost))
+    assert "**cli: other samples than none saw, so not comparable" in markdown(summary(folder), {})
 
 
 def test_contrasts_pair_runs_over_all_encoders(folder):
@@ -141,7 +170,7 @@ def test_the_text_says_it_all(folder):
         "| parameters | MFLOPs | ms/update |"
     )
     (cli,) = [line for line in lines if line.startswith("| cli | 37.5 ± 41.2 | +12.5 [")]
-    assert cli.endswith("| 100.0 ± 0.0 | 1,000 | 2,000 | 3.5 | 21 |")
+    assert cli.endswith("| 100.0 ± 0.0 | 77, then 1,000 | 2,000 | 3.5 | 21 |")
     assert "| none | 25.0 ± 35.4 |  | 50.0 ± 70.7 |  | 37.5 ± 17.7 |" in text
     assert "| arm | color (6) | count (6) |" in lines
     assert "| layer_1 | 50.0 | 25.0, 75.0 |" in lines
@@ -155,8 +184,12 @@ def test_the_text_says_it_all(folder):
 
 def test_other_code_in_some_runs_is_said(folder):
     path = Run("random", 1.0, 1, "cli").workdir(folder) / "run.json"
-    path.write_text(json.dumps({"revision": "abd", "devices": "1 x cpu"}))
-    assert "**The code changed between runs" in markdown(summary(folder), {})
+    for later in (
+        {"revision": "abd", "earlier_revisions": []},
+        {"revision": "abc", "earlier_revisions": ["abd"]},  # it went on with other code
+    ):
+        path.write_text(json.dumps({**later, "devices": "1 x cpu"}))
+        assert "**The code changed between runs" in markdown(summary(folder), {})
 
 
 def test_figures_are_drawn_of_the_same(folder):
@@ -173,7 +206,7 @@ def test_several_fractions_are_drawn_over_each_other(folder, monkeypatch):
     fixed["splits"]["train"]["0.5"] = fixed["splits"]["train"]["1"]
     monkeypatch.setattr(protocol, "read", lambda folder: fixed)
     for arm in RIGHT:
-        shutil.copytree(*(Run("random", f, 0, arm).workdir(folder) for f in (1.0, 0.5)))
+        shutil.copytree(*(Run("random", f, 0, arm).folder(folder) for f in (1.0, 0.5)))
     drawn = []
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append((figure, path)))
     report(folder)

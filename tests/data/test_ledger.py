@@ -66,6 +66,15 @@ def test_too_many_bad_rows_of_one_source_stop_the_run():
         assert f"row {row} (id 'id{row}'): reason {row}" in str(caught.value)
 
 
+def test_a_process_that_draws_a_share_of_the_rows_counts_against_that_share():
+    books = ledger(processes=2)  # of the 20 rows of b.json it draws 10
+    books.add(Tally([0, 5], [0, 0], [drop(1, 10 + 2 * i) for i in range(5)]))
+    with pytest.raises(DataError, match=r"b.json: 6 of 10 rows cannot be used"):
+        books.add(Tally([0, 1], [0, 0], [drop(1, 20)]))
+    later = ledger(processes=2)  # a later epoch draws the others, too
+    later.add(Tally([0, 20], [0, 14], [drop(1, 10 + i) for i in range(6)]))
+
+
 def test_long_rows_are_no_bad_rows():
     books = ledger(max_bad_share=0.0, strict=True)
     books.add(Tally([3, 0], [1, 0], [drop(0, 0, True), drop(0, 1, True)]))

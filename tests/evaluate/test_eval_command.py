@@ -3,8 +3,6 @@
 import contextlib
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,12 +12,14 @@ import pytest
 from PIL import Image
 
 from cli_jax.analysis.constant_gates import with_constant_gates
+from cli_jax.analysis.gates import mean_gates
 from cli_jax.analysis.prompts import Prompts
 from cli_jax.evaluate.workdir import open_run
 from cli_jax.experiment import ConfigError
 from cli_jax.generate.engine import split_rows
 from cli_jax.train.checkpoint import CheckpointError
 from tests.evaluate import eval_small as small
+from tests.train.train_processes import run_together
 
 COMMAND = small.load_command("eval")
 ANALYZE = small.load_command("analyze")
@@ -109,15 +109,22 @@ def test_eval_writes_its_files_and_prints_a_table(folder, printed):
     assert sorted(p.name for p in (folder / "out").iterdir()) == names
 
 
-def test_four_devices_give_the_answers_of_one(folder, printed):
-    root = Path(__file__).parents[2]
-    child = [sys.executable, str(Path(__file__).with_name("mesh_child.py")), str(folder)]
-    subprocess.run(child, check=True, env={**os.environ, "PYTHONPATH": str(root)})
-    results = json.loads((folder / "mesh" / "results.json").read_text())
+@pytest.mark.parametrize("count", [1, 2])
+def test_four_devices_give_the_answers_of_one(folder, printed, count):
+    """All of them one process's, or two of each of two processes'."""
+    child, out = Path(__file__).with_name("mesh_child.py"), f"mesh_{count}"
+    command = [sys.executable, str(child), str(folder), out]
+    for child in run_together(command, count, folder / "cache", devices=4 // count):
+        assert child.returncode == 0, child.stderr
+    results = json.loads((folder / out / "results.json").read_text())
     assert results["device"].startswith("4 x")
     assert results["generation"]["batch_size"] == 8  # five rows do not split evenly
-    one, four = ((folder / d / "predictions.jsonl").read_text() for d in ("out", "mesh"))
+    one, four = ((folder / d / "predictions.jsonl").read_text() for d in ("out", out))
     assert four == one
+    run = open_run(folder / "run")
+    data = folder / "questions.json"
+    means, _ = mean_gates(run.model, run.params, run.experiment, data, folder)
+    np.testing.assert_allclose(np.load(folder / out / "gates.npy"), means.mean(), rtol=1e-5)
 
 
 def test_gates_writes_its_files(folder, capsys):

@@ -1,3 +1,6 @@
+import json
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -55,6 +58,23 @@ def test_missing_fields_have_defaults(tmp_path):
     [question] = read_questions(small.save_rows(tmp_path, [row]))
     assert (question.id, question.category, question.images) == ("0", "all", ())
     assert (question.text, question.answer) == ("q?", "a")
+
+
+def test_questions_are_read_one_by_one_and_not_kept(tmp_path):
+    """Analyses walk through files of any size."""
+    path = tmp_path / "many.jsonl"
+    row = {"conversations": [human("q" * 5000), gpt("a")]}
+    path.write_text((json.dumps(row) + "\n") * 1000)
+    questions = read_questions(path)
+    tracemalloc.start()
+    assert sum(len(question.text) for question in questions) == 5_000_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 500_000
+    assert questions[-1].id == "999"
+    assert [question.id for question in questions[3:5]] == ["3", "4"]
+    with pytest.raises(IndexError):
+        questions[1000]
 
 
 def test_limit_takes_the_first_rows(tmp_path):

@@ -44,6 +44,8 @@ def test_other_depths():
     ):
         with pytest.raises(ValueError, match=message):
             DenseConnector.taps(config, tower(layers))
+    with pytest.raises(ValueError, match=r"taps=\(3,\): dci takes the means of all layers"):
+        dataclasses.replace(DCI, taps=(3,))
     with pytest.raises(ValueError, match=r"taps \(3, 24\) reach behind the last layer, 23"):
         DenseConnector.taps(dataclasses.replace(SCI, taps=(3, 24)), CLIP)
 

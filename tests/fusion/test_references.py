@@ -22,6 +22,7 @@ import torch
 from cli_jax.fusion.adapter import AdapterConfig
 from cli_jax.fusion.layer_concat import LayerConcatConfig
 from cli_jax.fusion.mmfuser import MMFuserConfig, MSDeformAttn, sample
+from cli_jax.fusion.none import NoneConfig
 from cli_jax.fusion.sli import SLIConfig
 from cli_jax.model.vlm import build
 from tests.fusion.tiny import name_of
@@ -70,7 +71,7 @@ def errors(name, fusion, logits_of):
     ours = np.asarray(
         jax.jit(lambda *args: oracle.logits(model, *args), compiler_options=QUICK)(params, batch)
     )
-    own = jax.tree.map(lambda x: torch.from_numpy(np.array(x)), params["fusion"])
+    own = jax.tree.map(lambda x: torch.from_numpy(np.array(x)), params.get("fusion", {}))
     with torch.no_grad():
         theirs = {
             p.name: logits_of(oracle.reference_inputs(right, right.prompts[p.name]), own)
@@ -98,6 +99,19 @@ def with_projector(model, projector):
     other = copy.deepcopy(model)
     other.model.multi_modal_projector = projector
     return other
+
+
+# ---- none ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "layer"), [("siglip_qwen2", 2), ("clip_llama", 0)])
+def test_a_single_other_layer(name, layer):
+    """transformers reads any one layer, given its index; 0 is the embeddings."""
+
+    def logits_of(inputs, own):
+        return oracle.case(name).model(**inputs, vision_feature_layer=layer).logits[0].numpy()
+
+    within(errors(name, NoneConfig(vision_layer=layer), logits_of))
 
 
 # ---- layer_concat --------------------------------------------------------------------------------

@@ -140,6 +140,23 @@ def test_scenes_are_held_out_whole_and_whatever_the_order(tmp_path):
     assert held_out_scenes(shuffled, 0.2) == scenes["held_out"]
 
 
+def test_a_scene_of_two_files_is_held_out_of_both(tmp_path):
+    pretrain_small.write_data(tmp_path, scenes=20)
+    data = pretrain_small.experiment(tmp_path).data
+    (source,) = data.train
+    halves = [dataclasses.replace(source, start=a, stop=b) for a, b in ((0, 24), (16, 40))]
+    data = dataclasses.replace(data, train=tuple(halves))
+    scenes = {}
+    for part in ("train", "held_out"):
+        files, _, _ = open_sources(data, part)
+        scenes[part] = {file[i]["id"][:-2] for file in files for i in range(len(file))}
+        assert all(len(file) for file in files)
+    assert not scenes["train"] & scenes["held_out"]
+    own = [held_out_scenes([f"s{i}" for i in at], 0.2) for at in (range(12), range(8, 20))]
+    assert own[0] != own[1]  # cut by themselves, one would have trained on what the other held out
+    assert scenes["held_out"] == own[0] | own[1]
+
+
 def test_rows_are_cut_before_scenes_are_held_out(tmp_path):
     pretrain_small.write_data(tmp_path, scenes=20)
     data = pretrain_small.experiment(tmp_path).data

@@ -215,6 +215,7 @@ def test_a_system_turn_inside_is_masked_by_qwen():
         ([{"from": "robot", "value": "A"}], "qwen_1_5", 0, "unknown role 'robot'"),
         ([{"from": ["human"], "value": "A"}], "qwen_1_5", 0, "unknown role"),
         ([{"from": "human", "value": None}], "v1", 0, "not text"),
+        (turns("Why?", "half a \ud83d"), "qwen_1_5", 0, "not text: .* surrogates"),
         (turns("Why?"), "qwen_1_5", 0, "no answer"),
         (turns("<image>\nWhy?", "A"), "qwen_1_5", 2, "1 <image> slots in the text for 2 images"),
         (turns("<image><image>", "A"), "qwen_1_5", 1, "2 <image> slots in the text for 1 images"),

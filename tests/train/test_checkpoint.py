@@ -23,7 +23,7 @@ from cli_jax.train.checkpoint import (
 )
 from cli_jax.train.fingerprint import inspect
 from cli_jax.train.state import TrainState, leaf_paths
-from cli_jax.train.workdir import WorkdirError, prepare
+from cli_jax.train.workdir import WorkdirError, alone, describe, prepare
 
 EXPERIMENT = train_tiny.experiment()
 
@@ -286,6 +286,30 @@ def test_an_unwritable_workdir_is_one_line_that_names_it(tmp_path):
     assert str(folder) in str(error.value)
     assert prepare(tmp_path / "new" / "run").is_dir()
     assert os.listdir(tmp_path / "new" / "run") == []
+    with pytest.raises(WorkdirError, match=r"gs://bucket/run is not a folder.*Mount the bucket"):
+        prepare("gs://bucket/run")
+
+
+def test_a_workdir_belongs_to_one_command_at_a_time(tmp_path):
+    with alone(tmp_path):
+        with pytest.raises(WorkdirError, match=f"{tmp_path} is in use by another"), alone(tmp_path):
+            pytest.fail("two wrote to it")
+        with alone(tmp_path / ".."):
+            pass
+    with alone(tmp_path):
+        pass
+
+
+def test_a_workdir_says_what_code_made_it_and_keeps_that_when_the_disk_is_full(tmp_path):
+    folder = prepare(tmp_path)
+    for revision in ("abc", "abc", "def"):
+        describe(folder, EXPERIMENT, revision)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["revision"], run["earlier_revisions"]) == ("def", ["abc"])
+    (tmp_path / "run.json.partial").mkdir()  # so that it cannot be written
+    with pytest.raises(WorkdirError, match=r"cannot write .*/run\.json: "):
+        describe(folder, EXPERIMENT, "xyz")
+    assert json.loads((tmp_path / "run.json").read_text()) == run
 
 
 def test_checksums_see_every_bit_and_place_and_nothing_else():

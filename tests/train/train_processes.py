@@ -44,29 +44,41 @@ def run_child(
     )
 
 
-def run_processes(
-    count: int, cache: Path, workdir: Path, *arguments: str, devices: int = 1
-) -> list[subprocess.CompletedProcess[str]]:
-    """`count` processes of one run, each with so many devices, to their end."""
+def environments(count: int, cache: Path, devices: int) -> list[dict[str, str]]:
+    """Those of the `count` processes of one run; of a single one that joins nobody."""
+    if count == 1:
+        return [environment(cache, devices)]
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    children = []
-    for index in range(count):
-        variables = {
+    return [
+        environment(cache, devices)
+        | {
             processes.ADDRESS: f"localhost:{port}",
             processes.COUNT: str(count),
             processes.INDEX: str(index),
         }
-        children.append(
-            subprocess.Popen(
-                child_command(workdir, *arguments),
-                env=environment(cache, devices) | variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+        for index in range(count)
+    ]
+
+
+def run_processes(
+    count: int, cache: Path, workdir: Path, *arguments: str, devices: int = 1
+) -> list[subprocess.CompletedProcess[str]]:
+    """`count` processes of one training, each with so many devices, to their end."""
+    return run_together(child_command(workdir, *arguments), count, cache, devices)
+
+
+def run_together(
+    command: list[str], count: int, cache: Path, devices: int
+) -> list[subprocess.CompletedProcess[str]]:
+    """A command as `count` processes that join each other, to their end."""
+    children = [
+        subprocess.Popen(
+            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+        for variables in environments(count, cache, devices)
+    ]
     try:
         outputs = [child.communicate(timeout=LIMIT) for child in children]
     finally:
