@@ -106,10 +106,10 @@ def with_projector(model, projector):
 
 @pytest.mark.parametrize(("name", "layer"), [("siglip_qwen2", 2), ("clip_llama", 0)])
 def test_a_single_other_layer(name, layer):
-    """transformers reads any one layer, given its index; 0 is the embeddings."""
+    """transformers reads any one layer; 0 is the embeddings."""
 
     def logits_of(inputs, own):
-        return oracle.case(name).model(**inputs, vision_feature_layer=layer).logits[0].numpy()
+        return oracle.case(name).model(**inputs, vision_feature_layer=[layer]).logits[0].numpy()
 
     within(errors(name, NoneConfig(vision_layer=layer), logits_of))
 
