@@ -11,8 +11,9 @@ unseen are others.
 What each setting means: cli_jax/compare/config.py.
 
 Hardware: 1 CPU core.
-Time: not measured to the end; 2.5 updates per second, so about 4 hours for the 54 runs.
-Expected result: not finished yet (docs/results.md).
+Time: 4.6 hours for the 54 runs, beside other work on the machine (2026-11-22).
+Expected result: no gain of cli: cli - none on val_seen -0.5 points [-3.1, +2.1], cli - best single
+layer -5.3 [-11.9, +1.9]; early layers help: sli +3.2 and +3.3 (docs/results.md).
 """
 
 from ml_collections import ConfigDict

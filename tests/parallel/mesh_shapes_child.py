@@ -1,6 +1,7 @@
 """Three updates on every shape of an 8-device mesh; prints JSON. Started by test_mesh_shapes.py.
 
-mesh_shapes_child.py FOLDER [STRATEGY]: with a fusion strategy's name, that one on one shape only.
+mesh_shapes_child.py FOLDER [MODEL]: with a config's sections `fusion` and `routing` (JSON), that
+model on one shape only.
 """
 
 import itertools
@@ -28,14 +29,15 @@ from tests.train import train_tiny
 
 QUICK = train_tiny.QUICK
 ROWS, PARTS, RATE = 16, 2, 0.05
-STRATEGY = sys.argv[2] if len(sys.argv) > 2 else ""
+OTHER = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
+TEXT = 250 if "routing" in OTHER else 0  # text slots of a row
 
 
 def experiment(**mesh):
     """Any-res pictures, packed rows, all parts of the model, heads for every tensor size."""
     base = train_tiny.config()
-    if STRATEGY:
-        base["fusion"] = {"name": STRATEGY}
+    if OTHER:
+        base |= OTHER
         base["model"]["vision"]["num_hidden_layers"] = 3
     base["model"]["image"] = {
         "aspect_ratio": "anyres_max_4",
@@ -45,10 +47,10 @@ def experiment(**mesh):
         "vocab_size": 128,
         "hidden_size": 64,
         "num_attention_heads": 8,
-        "num_hidden_layers": 5 if STRATEGY else 2,
+        "num_hidden_layers": 5 if OTHER else 2,
     }
     data = {"row_length": 256, "visual_per_row": 48, "tiles_per_row": 8, "images_per_row": 4}
-    base["data"] = data | {"batch_size": ROWS, "labels": "answer_only"}
+    base["data"] = data | {"batch_size": ROWS, "labels": "answer_only", "text_per_row": TEXT}
     base["optimizer"] |= {"accumulate": PARTS if math.prod(mesh.values()) > 1 else 1}
     base["compute"] |= {"scan_layers": True, "remat": "full", "loss_chunk": 64}
     return from_dict(base | {"mesh": mesh})
@@ -59,7 +61,7 @@ def batches(folder: Path, sizes):
     from cli_jax.data.pipeline import make_loader
 
     path = small.write(folder, small.mixed_rows(folder, 60))
-    data = small.config(path, batch_size=ROWS)
+    data = small.config(path, batch_size=ROWS, text_per_row=TEXT)
     loader = make_loader(
         data, sizes.model.image, sizes.model.vision, seed=0, rows_per_process=ROWS,
         tokenizer=small.tokenizer(), extras=sizes.extras,
@@ -74,8 +76,8 @@ def put(setup: Setup, batch):
 
 
 def drawn(params):
-    """For one strategy: nothing is left at its initial zero, behind which gradients would be."""
-    if not STRATEGY:
+    """For another model: nothing is left at its initial zero, behind which gradients would be."""
+    if not OTHER:
         return params
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -145,7 +147,7 @@ def main(folder: Path):
     found = {}
     for data_axis, fsdp in itertools.product((1, 2, 4, 8), repeat=2):
         tensor = 8 // (data_axis * fsdp)
-        if tensor == 0 or (STRATEGY and (data_axis, fsdp) != (2, 2)):
+        if tensor == 0 or (OTHER and (data_axis, fsdp) != (2, 2)):
             continue
         setup = make_setup(experiment(data=data_axis, fsdp=fsdp, tensor=tensor))
         got, first, text = descend(setup, data)

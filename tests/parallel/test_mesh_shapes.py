@@ -19,10 +19,10 @@ def found(tmp_path_factory):
     return run_child(tmp_path_factory.mktemp("pictures"))
 
 
-def run_child(folder, *strategy):
+def run_child(folder, **other):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "data")])
     done = subprocess.run(
-        [sys.executable, str(CHILD), str(folder), *strategy],
+        [sys.executable, str(CHILD), str(folder), *([json.dumps(other)] if other else [])],
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -56,11 +56,15 @@ def test_the_any_res_gather_needs_no_communication(found):
     assert [count for count in counts if count is not None] == [0, 0, 0, 0]
 
 
+OTHERS = {name: {"fusion": {"name": name}} for name in sorted(set(registry.STRATEGIES) - {"cli"})}
+OTHERS["dpvr"] = {"fusion": {"name": "none"}, "routing": {"name": "dpvr", "saturation": 2}}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(registry.STRATEGIES) - {"cli"}))
-def test_every_strategy_trains_on_a_mesh_as_on_one_device(tmp_path, name):
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_every_strategy_trains_on_a_mesh_as_on_one_device(tmp_path, other):
     """Two copies, each split over two devices by width and over two by heads."""
-    found = run_child(tmp_path, name)
+    found = run_child(tmp_path, **other)
     (mesh,) = found["meshes"].values()
     assert mesh["losses"] == pytest.approx(found["losses"], rel=2e-5)
     assert mesh["gradient_error"] < 2e-4, mesh["worst"]
