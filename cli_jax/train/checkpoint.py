@@ -53,6 +53,11 @@ class Checkpoints:
                 ),
                 item_handlers=_handlers(),
             )
+        # Reads without waiting for other processes: one that finds damage would be waited for.
+        this = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+        handler = ocp.CompositeCheckpointHandler(**_handlers())
+        self._reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
 
     def latest(self) -> int | None:
         """The newest complete checkpoint on disk."""
@@ -110,18 +115,24 @@ class Checkpoints:
         steps = sorted(_steps(self.directory), reverse=True)
         damaged: dict[int, str] = {}
         for step in steps:
-            problem, found = "", None
+            problem, found, metadata = "", None, {}
             try:
-                found = self._restore(step, state, data)
+                found, metadata = self._restore(step, state, data)
             except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # the config's or the machine's trouble, not the checkpoint's
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            if _all_processes(found is not None):
+                if jax.process_index():  # the first one reports, but does not know the reason
+                    where = f"process {jax.process_index()} cannot read"
+                    print(f"{where} {self.directory / str(step)}: {problem}", file=sys.stderr)
+            if not _all_processes(found is not None):
+                damaged[step] = problem or "damaged on another process"
+            elif wrong := _changed(found, metadata):  # computed by all processes together
+                damaged[step] = wrong
+            else:
                 for bad, reason in damaged.items():
                     self._set_aside(bad, reason)
                 return found
-            damaged[step] = problem or "damaged on another process"
         if damaged:
             listed = "\n  ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise CheckpointError(
@@ -130,7 +141,10 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
+    def _restore(
+        self, step: int, state: TrainState, data: grain.DatasetIterator
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state, not verified yet, and the metadata; what this process does by itself."""
         metadata = self._read(step, metadata=ocp.args.JsonRestore())["metadata"]
         resume.check(metadata, state, data, self.directory / str(step))
         restored = self._read(
@@ -140,12 +154,11 @@ class Checkpoints:
         )
         optimizer = restored["optimizer"]
         found = TrainState(optimizer["step"], restored["params"], optimizer["state"])
-        _verify(found, metadata)
         if metadata["processes"] == jax.process_count():
             self._read(step, data=grain.checkpoint.CheckpointRestore(data))
         else:
             resume.set_data_of_any_process(data, self.directory / str(step), metadata["processes"])
-        return found
+        return found, metadata
 
     def describe_latest(self) -> str:
         """Where to go on from, for error messages."""
@@ -156,9 +169,12 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+        self._reader.close()
 
     def _read(self, step: int, **items: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+        return self._reader.restore(
+            self.directory.resolve() / str(step), ocp.args.Composite(**items)
+        )
 
     def _set_aside(self, step: int, reason: str) -> None:
         """Reports a damaged checkpoint and moves it out of the way of the next one of its step."""
@@ -214,7 +230,8 @@ def load_params(
                 folder / "params",
                 args=ocp.args.PyTreeRestore(stored, restore_args=restore, partial_restore=True),
             )
-        _verify({"params": params}, metadata)
+        if wrong := _changed({"params": params}, metadata):
+            raise ValueError(wrong)
     except Exception as error:
         others = [s for s in _steps(folder.parent) if str(s) != folder.name]
         raise CheckpointError(
@@ -254,8 +271,8 @@ def _metadata(folder: epath.Path) -> dict[str, Any]:
     return json.loads((folder / "metadata" / "metadata").read_text())
 
 
-def _verify(tree: Any, metadata: dict[str, Any]) -> None:
-    """Raises unless every array that was not cast has the bits that were saved."""
+def _changed(tree: Any, metadata: dict[str, Any]) -> str:
+    """Which arrays that were not cast have other bits than were saved; empty if none."""
     saved, leaves = metadata["arrays"], leaf_paths(tree)
     _, found = inspect(tree)
     wrong = [
@@ -263,8 +280,7 @@ def _verify(tree: Any, metadata: dict[str, Any]) -> None:
         for path, leaf in leaves.items()
         if str(leaf.dtype) == saved[path]["dtype"] and found[path] != saved[path]["checksum"]
     ]
-    if wrong:
-        raise ValueError(f"the contents of {wrong[:3]} are not what was saved")
+    return f"the contents of {wrong[:3]} are not what was saved" if wrong else ""
 
 
 def _steps(directory: epath.Path) -> list[int]:

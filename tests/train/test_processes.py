@@ -128,6 +128,21 @@ def test_data_of_which_each_process_has_its_own_is_refused_in_one_line(copied, s
     assert saved(workdir) == [step]
 
 
+@pytest.mark.parametrize("item", ["params", "data"])
+def test_damage_that_one_process_finds_is_agreed_on(launch, copied, straight, item):
+    workdir, step = copied
+    damaged = workdir / FOLDER / str(step + 1)
+    shutil.copytree(workdir / FOLDER / str(step), damaged)
+    own = [*damaged.glob(f"{item}/ocdbt.process_1/d/*"), *damaged.glob(f"{item}/process_1-*")]
+    for path in own:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    first, second = launch(2, workdir, **RARELY)
+    assert f"{damaged} is damaged (damaged on another process); moved to" in first.stderr
+    assert f"process 1 cannot read {damaged}: " in second.stderr
+    assert f"resuming after step {step}" in first.stdout
+    assert_same_numbers(workdir, straight, 7)
+
+
 @pytest.mark.slow
 def test_four_processes_have_the_numbers_of_one(launch, straight, tmp_path):
     children = launch(4, tmp_path, mesh={"data": 2, "fsdp": 2}, **RARELY)
