@@ -56,10 +56,11 @@ def heatmap(
     figure.colorbar(image, ax=axes, label=value_title)
     if max(values.shape) <= ANNOTATE_UP_TO:
         middle = (low + high) / 2
+        form = ".2f" if np.abs(values).max() >= 0.1 else ".2g"  # of closed gates, not only 0.00
         for (row, column), value in np.ndenumerate(values):
             color = "black" if value > middle else "white"
             axes.text(
-                column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7
+                column, row, f"{value:{form}}", ha="center", va="center", color=color, fontsize=7
             )
     save(figure, path)
 

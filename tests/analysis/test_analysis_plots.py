@@ -56,6 +56,14 @@ def test_values_are_written_only_when_there_are_few(tmp_path, monkeypatch):
     assert np.array_equal(bare_many, draw(many, tmp_path / "d.png", limits=(0, 1)))
 
 
+def test_closed_gates_are_told_apart(tmp_path):
+    one, other = (
+        draw(np.full((2, 2), value), tmp_path / f"{value}.png", limits=(0, 1))
+        for value in (1e-5, 8e-5)
+    )
+    assert not np.array_equal(one, other)
+
+
 def test_labels_must_fit_the_values(tmp_path):
     with pytest.raises(ValueError, match="2 rows, 3 columns"):
         plots.heatmap(
