@@ -60,7 +60,10 @@ class ContrastConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """A pretrained vision tower (see Experiment.tower_from); an empty path: a random one."""
+    """A pretrained vision tower (see Experiment.tower_from).
+
+    An empty path: the tower of the model that all start from (`init_from`), or else a random one.
+    """
 
     name: str
     path: str = ""
@@ -167,6 +170,8 @@ def from_config(config: Mapping[str, Any], folder: str | Path) -> Comparison:
     base = from_dict({key: value for key, value in raw.items() if key != "compare"})
     if base.data.bins:
         raise ConfigError("config.data.bins: a comparison trains on parts of the data, unpacked")
+    if base.tower_from:
+        raise ConfigError("config.tower_from: the towers of a comparison are compare.encoders")
     base = dataclasses.replace(locate(base, folder), eval=EvalConfig())
     root = Path(base.data.root)
     located = tuple(

@@ -1,7 +1,8 @@
 """What is compared is written down before anything is trained, and cannot change afterwards.
 
-`protocol.json` holds the config, the splits with checksums and the encoders' fingerprints, under
-one hash. So arms, steps and seeds are not chosen after a look at the results.
+`protocol.json` holds the config, the splits with checksums and the fingerprints of the encoders and
+of the model that all start from, under one hash. So arms, steps and seeds are not chosen after a
+look at the results.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ def fix(comparison: Comparison, splits: Mapping[str, Any], folder: Path) -> dict
 
     Raises ConfigError that names what differs and the remedy.
     """
+    start = comparison.base.init_from
     content = {
         "config": comparison.raw,
         "data_root": comparison.base.data.root,
         "splits": dict(splits),
-        "encoders": {each.name: fingerprint(each.path) for each in comparison.settings.encoders},
+        "encoders": {e.name: fingerprint(e.path or start) for e in comparison.settings.encoders},
+        "init_from": fingerprint(start),
     }
     content = json.loads(json.dumps(content))
     protocol = {
@@ -75,18 +78,18 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint(encoder: str) -> str:
+def fingerprint(source: str) -> str:
     """Which parameters a path stands for: a workdir's newest checkpoint, or a folder's files."""
-    if not encoder:
+    if not source:
         return "random"
-    path = Path(encoder)
+    path = Path(source)
     if (path / CHECKPOINTS).is_dir():
         step = find_step(path)
         metadata = path / CHECKPOINTS / str(step) / "metadata" / "metadata"  # holds checksums
         return f"step {step}, {_sha256([metadata])}"
     if path.exists():
         return _sha256(sorted(path.glob("*.safetensors")) if path.is_dir() else [path])
-    return f"hub id {encoder}"
+    return f"hub id {source}"
 
 
 def _sha256(files: list[Path]) -> str:
@@ -98,7 +101,7 @@ def _sha256(files: list[Path]) -> str:
 
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    before, after = (dict(_leaves({key: each[key] for key in now})) for each in (there, now))
+    before, after = (dict(_leaves({key: each.get(key) for key in now})) for each in (there, now))
     lines = [
         f"{name} was {before.get(name)!r:.80} and is {after.get(name)!r:.80}"
         for name in sorted({*before, *after})

@@ -76,13 +76,14 @@ def stages(comparison: Comparison, root: Path, run: Run) -> list[tuple[Path, Exp
     """The workdir and the experiment of every stage that has any steps, in order.
 
     All arms get the same encoder, data in the same order, seed and steps. The first stage starts
-    from the encoder and otherwise from the seed, a second one from the first.
+    from the encoder, the base's `init_from` and otherwise from the seed, a second one from it.
     """
     settings, found = comparison.settings, []
     encoder = next(each for each in settings.encoders if each.name == run.encoder).path
-    start: dict[str, Any] = {}
-    if encoder:  # a path, or a hub id
-        start["tower_from"] = str(Path(encoder).absolute()) if Path(encoder).exists() else encoder
+    start: dict[str, Any] = {
+        "tower_from": _located(encoder),
+        "init_from": _located(comparison.base.init_from),
+    }
     for name in STAGES:
         stage: StageConfig = getattr(settings, name)
         if not stage.steps:
@@ -93,8 +94,13 @@ def stages(comparison: Comparison, root: Path, run: Run) -> list[tuple[Path, Exp
         )
         workdir = run.folder(root) / name
         found.append((workdir, dataclasses.replace(experiment, data=data, seed=run.seed, **start)))
-        start = {"init_from": str(workdir)}
+        start = {"tower_from": "", "init_from": str(workdir)}
     return found
+
+
+def _located(source: str) -> str:
+    """A path that means the same from anywhere; a hub id, or nothing, stays as it is."""
+    return str(Path(source).absolute()) if source and Path(source).exists() else source
 
 
 def is_trained(workdir: Path, experiment: Experiment) -> bool:

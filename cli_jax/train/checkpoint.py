@@ -115,9 +115,9 @@ class Checkpoints:
         steps = sorted(_steps(self.directory), reverse=True)
         damaged: dict[int, str] = {}
         for step in steps:
-            problem, found, metadata = "", None, {}
+            problem, found = "", None
             try:
-                found, metadata = self._restore(step, state, data)
+                found = self._restore(step, state, data)
             except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # the config's or the machine's trouble, not the checkpoint's
             except Exception as error:
@@ -125,14 +125,15 @@ class Checkpoints:
                 if jax.process_index():  # the first one reports, but does not know the reason
                     where = f"process {jax.process_index()} cannot read"
                     print(f"{where} {self.directory / str(step)}: {problem}", file=sys.stderr)
-            if not _all_processes(found is not None):
+            good = _all_processes(found is not None)
+            if found is None or not good:
                 damaged[step] = problem or "damaged on another process"
-            elif wrong := _changed(found, metadata):  # computed by all processes together
+            elif wrong := _changed(*found):  # computed by all processes together
                 damaged[step] = wrong
             else:
                 for bad, reason in damaged.items():
                     self._set_aside(bad, reason)
-                return found
+                return found[0]
         if damaged:
             listed = "\n  ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise CheckpointError(

@@ -3,6 +3,7 @@
 import pytest
 from compare_tiny import arm, config
 
+from cli_jax.compare import protocol
 from cli_jax.compare.config import from_config
 from cli_jax.compare.runs import plan, stages
 from cli_jax.experiment import ConfigError
@@ -49,6 +50,38 @@ def test_the_stages_of_a_run(tmp_path):
     alone = from_config(config(tmp_path, encoders=encoders, stage1={"steps": 0}), tmp_path)
     ((_, only),) = stages(alone, tmp_path, runs[-1])
     assert (only.tower_from, only.init_from, only.seed) == ("some/hub-id", "", 1)
+
+
+def test_all_arms_start_from_the_model_of_the_base(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    comparison = from_config(config(tmp_path) | {"init_from": "model"}, tmp_path)
+    for run in plan(comparison.settings):
+        (workdir, first), (_, second) = stages(comparison, tmp_path, run)
+        assert (first.init_from, first.tower_from) == (str(tmp_path / "model"), "")
+        assert (second.init_from, second.tower_from) == (str(workdir), "")
+
+
+def test_another_model_to_start_from_is_another_comparison(tmp_path):
+    file = tmp_path / "model" / "model.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"one")
+    raw = config(tmp_path) | {"init_from": str(file.parent)}
+    raw["compare"]["encoders"] = [{"name": "own"}, {"name": "hub", "path": "some/hub-id"}]
+    comparison = from_config(raw, tmp_path)
+    fixed = protocol.fix(comparison, {}, tmp_path)
+    assert fixed["encoders"] == {"own": fixed["init_from"], "hub": "hub id some/hub-id"}
+    assert protocol.fix(comparison, {}, tmp_path) == fixed
+    file.write_bytes(b"two")
+    with pytest.raises(
+        ConfigError, match=r"another comparison: encoders\.own was .*; init_from was"
+    ):
+        protocol.fix(comparison, {}, tmp_path)
+
+
+def test_towers_are_named_in_one_place(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.tower_from: the towers of a comparison are"):
+        from_config(config(tmp_path) | {"tower_from": "some/hub-id"}, tmp_path)
 
 
 @pytest.mark.parametrize(
