@@ -11,8 +11,9 @@ Decoders are trained with Muon, as in nlvr_counts.py. What each setting means:
 cli_jax/compare/config.py.
 
 Hardware: 1 CPU core.
-Time: not measured to the end; 4.4 updates per second, so about 4 hours for the 54 runs.
-Expected result: not run yet (docs/results.md).
+Time: about 5 hours for the 54 runs, in several sittings beside other work (2026-11-22).
+Expected result: nothing is decided: all arms count (45 to 47%) and see no shape or size; cli - none
+is -0.2 points [-1.8, +1.2] on shapes, -0.9 [-2.7, +0.9] on sizes (docs/results.md).
 """
 
 from ml_collections import ConfigDict
