@@ -1,6 +1,7 @@
 """The TPU compiler on a shrunken ov7b_cli: as many layers, taps and points, narrower.
 
-`pytest -m tpu_aot` compiles the full-size configs of docs/pods.md (hours on two cores).
+`pytest -m tpu_aot` compiles every strategy, and the full-size configs of docs/pods.md (hours on two
+cores).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from cli_jax.dryrun import chips, hlo
 from cli_jax.dryrun.compile import compile_for
 from cli_jax.dryrun.report import make_report
 from cli_jax.experiment import from_dict
+from cli_jax.fusion.registry import STRATEGIES
 from configs import ov7b_cli
 
 pytestmark = pytest.mark.skipif(
@@ -23,8 +25,10 @@ ROWS, LENGTH, VISUAL, TILES, VOCAB, CHUNK = 8, 2048, 1536, 3, 32_000, 256
 V, D = 128, 256
 
 
-def shrunken(**changes):
+def shrunken(*, fusion="cli", routing="none", **changes):
     config = ov7b_cli.get_config()
+    config.fusion.name = fusion
+    config.routing.update(name=routing, saturation=18)
     config.model.vision.update(hidden_size=V, intermediate_size=2 * V, num_attention_heads=2)
     config.model.text.update(
         hidden_size=D,
@@ -35,7 +39,11 @@ def shrunken(**changes):
         vocab_size=VOCAB,
     )
     config.data.update(
-        batch_size=ROWS, row_length=LENGTH, visual_per_row=VISUAL, tiles_per_row=TILES
+        batch_size=ROWS,
+        row_length=LENGTH,
+        visual_per_row=VISUAL,
+        text_per_row=LENGTH - VISUAL if routing == "dpvr" else 0,
+        tiles_per_row=TILES,
     )
     config.compute.loss_chunk = CHUNK
     experiment = from_dict(config)
@@ -70,9 +78,13 @@ def _leaves(tree):
     return [leaf for x in tree.values() for leaf in (_leaves(x) if isinstance(x, dict) else [x])]
 
 
+def kernels(text):
+    """Where attention runs in a kernel."""
+    return set(re.findall(r'op_name="[^"]*(vision_tower|language_model)[^"]*splash', text))
+
+
 def test_attention_is_splash_in_tower_and_decoder(compiled):
-    kernels = re.findall(r'op_name="[^"]*(vision_tower|language_model)[^"]*splash', compiled.text)
-    assert set(kernels) == {"vision_tower", "language_model"}
+    assert kernels(compiled.text) == {"vision_tower", "language_model"}
 
 
 ALLOWED = {  # per device; what is large, on purpose
@@ -122,6 +134,16 @@ def test_tensor_parallel_and_two_slices_compile():
     both = compile_for(shrunken(), slices)
     assert dict(both.setup.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
     assert both.memory.fits
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    ("fusion", "routing"), [*((name, "none") for name in STRATEGIES), ("none", "dpvr")]
+)
+def test_every_strategy_compiles(topology, fusion, routing):
+    compiled = compile_for(shrunken(fusion=fusion, routing=routing), topology)
+    assert compiled.memory.fits
+    assert kernels(compiled.text) == {"vision_tower", "language_model"}
 
 
 @pytest.mark.tpu_aot
