@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from cli_jax.analysis.prompts import Findings
 
 EPILOG = """\
-examples, on the test split of the quick start; files are written to the folder out
+examples, most of them on the test split of the quick start; out is a folder
   which vision layers does each decoder layer let in?
-    python analyze.py gates --workdir runs/quick --data val.json --image_root DIR --output out
+    python analyze.py gates --workdir runs/quick --data runs/quick/data/test.json --output out
   which vision layers are alike, and which three stand for all?
-    python analyze.py layers --workdir runs/quick --data val.json --image_root DIR --output out
+    python analyze.py layers --workdir runs/quick --data runs/quick/data/test.json --output out
   up to which decoder layer do words look at the picture?
-    python analyze.py attention --workdir runs/quick --data val.json --image_root DIR --output out
+    python analyze.py attention --workdir runs/quick --data runs/quick/data/test.json --output out
   from which layer of a pretrained vision tower can colors, shapes, sizes or digits be read?
     python analyze.py probe --workdir runs/nlvr_full --output runs/nlvr_full/probe
   fusion strategies side by side, with equal data, seeds and steps:

@@ -14,18 +14,20 @@ EPILOG = """\
 examples
   a released LLaVA-OneVision, for config.init_from or any other use:
     python convert.py from-hf llava-hf/llava-onevision-qwen2-0.5b-ov-hf ckpt/ov0p5b
-    python convert.py from-hf lmms-lab/llava-onevision-qwen2-0.5b-ov ckpt/ov0p5b --vocab_size 152000
+    python convert.py from-hf lmms-lab/llava-onevision-qwen2-0.5b-ov ckpt/ov0p5b_lmms \\
+        --vocab_size 152000
   LLaVA-1.5's original files, which are pickles and hold no vision tower:
     python convert.py bin-to-safetensors DOWNLOADED ckpt/llava15_raw
     python convert.py from-hf ckpt/llava15_raw ckpt/llava15 \\
         --vision openai/clip-vit-large-patch14-336
   stage 1 from separate models:
     python convert.py compose ckpt/stage1 --vision google/siglip-so400m-patch14-384 \\
-        --language Qwen/Qwen2-0.5B-Instruct
-  what was trained, for transformers; and only what CLI added, to share:
+        --language Qwen/Qwen2-0.5B-Instruct --vocab_size 152000
+  what was trained, for transformers:
     python convert.py to-hf runs/ov0p5b out/ov0p5b_cli --dtype bfloat16
-    python convert.py to-hf runs/ov0p5b out/adapter --adapter_only
-    python convert.py from-hf ckpt/ov0p5b out/ov0p5b_cli --adapter out/adapter
+  only what CLI added, from a run that trained nothing else; and back onto its base:
+    python convert.py to-hf runs/ov7b_adapter out/adapter --adapter_only
+    python convert.py from-hf ckpt/ov7b out/ov7b_cli --adapter out/adapter
 """
 
 
@@ -152,8 +154,8 @@ def _parser() -> argparse.ArgumentParser:
         "to-hf",
         _to_hf,
         "a workdir, or one of its checkpoints -> a folder that transformers loads",
-        "Writes the base model for LlavaOnevisionForConditionalGeneration (or, without"
-        " image_newline, LlavaForConditionalGeneration), its config and tokenizer. What the fusion"
+        "Writes the base model for LlavaOnevisionForConditionalGeneration (or, where"
+        " a picture is one tile, LlavaForConditionalGeneration), its config and tokenizer. What the fusion"
         " strategy added goes into cli_adapter.safetensors and cli_adapter.json.",
     )
     added.add_argument("source", metavar="WORKDIR", help="or WORKDIR/checkpoints/STEP")
@@ -168,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     added.add_argument("--tokenizer", metavar="DIR", help="default: the folder the run used")
     added.add_argument(
-        "--adapter_only", action="store_true", help="only cli_adapter.*: a few MB to share"
+        "--adapter_only", action="store_true", help="only cli_adapter.* (of `cli`: a few MB)"
     )
     added.add_argument("--image_token_id", **image_token)
     common(added)

@@ -20,15 +20,16 @@ sheet); --output results_blank.json is accompanied by predictions_blank.jsonl, e
 EPILOG = """\
 examples
   score the newest checkpoint of the quick start on its test split:
-    python eval.py --workdir runs/quick --data val.json --image_root DIR --output results.json
+    python eval.py --workdir runs/quick --data runs/quick/data/test.json \\
+        --output results.json
   does it look at its pictures? With gray ones it must fall to the chance level in results.json:
-    python eval.py --workdir runs/quick --data val.json --image_root DIR \\
+    python eval.py --workdir runs/quick --data runs/quick/data/test.json \\
         --blank_images --output results_blank.json
   does it matter that its gates look at the picture? With their means instead:
-    python eval.py --workdir runs/quick --data val.json --image_root DIR \\
+    python eval.py --workdir runs/quick --data runs/quick/data/test.json \\
         --constant_gates runs/quick/gates.npz --output results_constant.json
-  sampled answers of an earlier checkpoint, on the first 100 questions:
-    python eval.py --workdir runs/quick --step 200 --data val.json --limit 100 \\
+  sampled answers to the first 100 questions (an earlier checkpoint: --step):
+    python eval.py --workdir runs/quick --data runs/quick/data/test.json --limit 100 \\
         --temperature 0.7 --top_p 0.9 --seed 1 --output results_sampled.json
 """
 

@@ -16,7 +16,7 @@ Before paying for chips, ask what the step needs there (no weights, data or acce
 
     python train.py --config configs/ov7b_cli.py --dry_run --topology v5e:16x16
 
-SIGTERM, a preemption notice or Ctrl-C saves once and stops. Exit code: 0 when the run is done or
+SIGTERM, a preemption notice or (one process) Ctrl-C saves once and stops. Exit code: 0 when the run is done or
 was asked to stop and has saved; 1 with one line on stderr when something has to be changed first,
 or with the stacks of all threads when no update has finished for --config.log.stall_seconds.
 

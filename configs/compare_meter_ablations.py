@@ -9,7 +9,7 @@ tenth of the rate. `adapter`: as many new parameters as `cli`, which see no othe
 trained, since the decoder starts at random.
 
 Hardware: 1 CPU core.
-Time: not measured; at the speed of compare_meter.py about 4 hours for the 63 runs.
+Time: not measured; at the speed of compare_meter.py about 5.4 hours for the 63 runs.
 Expected result: not run yet.
 """
 

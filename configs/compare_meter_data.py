@@ -7,7 +7,7 @@ Everything else is that of compare_meter.py, with the `coarse` tower alone: as m
 pictures.
 
 Hardware: 1 CPU core.
-Time: not measured; at the speed of compare_meter.py about 100 minutes for the 27 runs.
+Time: not measured; at the speed of compare_meter.py about 2.3 hours for the 27 runs.
 Expected result: not run yet.
 """
 

@@ -7,7 +7,7 @@ DATA holds `llava_v1_5_mix665k.json` and the folders of pictures that it names (
 The recipe is LLaVA-1.5's (configs/llava15.py); CLI's own parameters start new and take the
 decoder's learning rate.
 
-Hardware: by the dry run (docs/pods.md) an update fits the 8 chips of TPU v5p:2x2x2 (30.5 of 95
+Hardware: by the dry run (docs/pods.md) an update fits the 8 chips of TPU v5p:2x2x2 (28.1 of 95
 GiB); nothing was run on them yet.
 Time: not measured yet.
 Expected result: not measured yet.

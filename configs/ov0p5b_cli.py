@@ -10,7 +10,7 @@ LLaVA-OneVision's for this stage (configs/onevision.py); CLI's own parameters st
 decoder's learning rate. The gates see the picture only; for gates that also see the question add
 --config.fusion.cli.context=prompt --config.data.labels=answer_only.
 
-Hardware: by the dry run (docs/pods.md) an update fits the 8 chips of TPU v5e:2x4 (9.0 of 16 GiB);
+Hardware: by the dry run (docs/pods.md) an update fits the 8 chips of TPU v5e:2x4 (9.1 of 16 GiB);
 nothing was run on them yet.
 Time: not measured yet.
 Expected result: not measured yet.

@@ -10,7 +10,7 @@ LLaVA-OneVision's for this stage (configs/onevision.py); CLI's own parameters st
 decoder's learning rate. The gates see the picture only; for gates that also see the question add
 --config.fusion.cli.context=prompt --config.data.labels=answer_only.
 
-Hardware: by the dry run (docs/pods.md) an update fits TPU v5e:16x16 (11.1 of 16 GiB), v6e:16x16 and
+Hardware: by the dry run (docs/pods.md) an update fits TPU v5e:16x16 (9.1 of 16 GiB), v6e:16x16 and
 v5p:4x4x4 (there with --config.optimizer.accumulate=4); nothing was run on them yet.
 Time: not measured yet.
 Expected result: not measured yet.

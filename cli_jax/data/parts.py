@@ -3,7 +3,7 @@
 A scene is what several pictures may show (`data.scene`): NLVR has six arrangements of the same
 three boxes, and the strips of a meter repeat its photographs. It is held out whole or not at all,
 or what is measured on it would measure memory. Pretraining, probes and comparisons hold out the
-same ones.
+same ones where their `data.held_out` and `data.scene` are the same.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def in_order(scenes: Iterable[str]) -> list[str]:
     """The distinct scenes by a hash of their names.
 
     The same for every seed and every order of the rows, so that all encoders of a data set are
-    measured on the same pictures, which none of them has seen.
+    measured on the same pictures.
     """
     return sorted(set(scenes), key=lambda name: hashlib.sha256(name.encode()).digest())
 

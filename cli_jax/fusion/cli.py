@@ -37,8 +37,8 @@ Params = dict[str, Any]
 class CLIConfig:
     """Taps, injection points and the two modules.
 
-    taps      vision layers: a list, `all`, or `every:m` counted back from the last one used; an
-              entry of the list is a layer, or a list of layers whose mean is the tap
+    taps      vision layers: a list, `all`, `every:m` counted back from the last one used, or
+              `at:30%,90%`; an entry of a list is a layer, or a list of layers whose mean is the tap
     inject    decoder layers: indices, `all`, or `every:m` from layer 0
     rank      r of the LoRA branches; alpha = 0 means alpha = r; amp = False turns AMP off
     agf       `gated`, or the ablations without gates: `mean` (W = 1/K) and `one` (W = 1)

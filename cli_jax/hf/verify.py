@@ -1,7 +1,7 @@
 """`convert.py verify`: our logits against transformers', on one picture and prompt.
 
 Both models run in float32 on the CPU, one after the other, on the same tokens and pixels. Needs
-torch, which nothing else here does.
+torch.
 """
 
 from __future__ import annotations
