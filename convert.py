@@ -154,8 +154,8 @@ def _parser() -> argparse.ArgumentParser:
         "to-hf",
         _to_hf,
         "a workdir, or one of its checkpoints -> a folder that transformers loads",
-        "Writes the base model for LlavaOnevisionForConditionalGeneration (or, where"
-        " a picture is one tile, LlavaForConditionalGeneration), its config and tokenizer. What the fusion"
+        "Writes the base model for LlavaOnevisionForConditionalGeneration (or, where a picture is"
+        " one tile, LlavaForConditionalGeneration), its config and tokenizer. What the fusion"
         " strategy added goes into cli_adapter.safetensors and cli_adapter.json.",
     )
     added.add_argument("source", metavar="WORKDIR", help="or WORKDIR/checkpoints/STEP")

@@ -8,9 +8,9 @@ compare_meter.py with the same encoder, arm and seed, update by update; one seed
 the strategies.
 
 Hardware: 2 CPU cores.
-Time: 14 minutes (2026-11-22), so that the 54 runs of compare_meter.py take a bit over 3 hours there.
-Expected result: 45 to 51% on val_seen, 20 to 24% on unseen; cli - none -0.9 points [-3.4, +1.7], sli
-- none +4.7 [+2.0, +7.5] on val_seen. On one core `none` and `cli` had the numbers of the full
+Time: 14 minutes (2026-11-22), so the 54 runs of compare_meter.py take a bit over 3 hours there.
+Expected result: 45 to 51% on val_seen, 20 to 24% on unseen; cli - none -0.9 points [-3.4, +1.7],
+sli - none +4.7 [+2.0, +7.5] on val_seen. On one core `none` and `cli` had the numbers of the full
 comparison to the last digit (46.3 and 45.4%); two cores add in another order.
 """
 
