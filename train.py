@@ -18,7 +18,8 @@ Before paying for chips, ask what the step needs there (no weights, data or acce
 
 SIGTERM, a preemption notice or (one process) Ctrl-C saves once and stops. Exit code: 0 when the run
 is done or was asked to stop and has saved; 1 with one line on stderr when something has to be
-changed first, or with the stacks of all threads when no update has finished for --config.log.stall_seconds.
+changed first, or with the stacks of all threads when no update has finished for
+--config.log.stall_seconds.
 
 --config.log.profile=10:13 traces the updates 10, 11 and 12 into the workdir's profile/, for
 TensorBoard. goodput.json says where the time of the run went, restarts included.
