@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def with_constant_gates(run: Run, file: str | Path) -> Run:
         with np.load(file) as found:
             W = found["gates"]
             there = tuple(tuple(found[n]) for n in ("decoder_layers", "vision_layers"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
         raise ConfigError(
             f"{file} cannot be read ({error}): give the gates.npz of `analyze.py gates`"
         ) from error

@@ -158,7 +158,7 @@ def load_tower(
 ) -> tuple[VisionTower, Params]:
     """The vision tower of a checkpoint, on one device, and its parameters."""
     model, compute = experiment.model, experiment.compute
-    kernel: Any = kernel_for(compute.attention, jax.default_backend())
+    kernel: Any = kernel_for(compute.attention, jax.default_backend(), compute.dtype)
     tower = VisionTower(
         model.vision,
         dataclasses.replace(compute, attention=kernel),

@@ -49,7 +49,8 @@ def unasked(comparison: Comparison, folder: Path, runs: Sequence[Run]) -> dict[s
     arm's prompts are too long: that would look like a difference between arms.
     """
     found: dict[str, dict[str, int]] = {}
-    for name in comparison.eval_files:
+    held_out = (HELD_OUT,) if comparison.base.data.held_out else ()
+    for name in (*comparison.eval_files, *held_out):
         paths = [run.workdir(folder) / result_name(name) for run in runs]
         counts = {
             str(path.relative_to(folder)): len(json.loads(path.read_text())["bad_rows"])

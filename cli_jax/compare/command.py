@@ -31,6 +31,8 @@ from cli_jax.compare.summary import choose
 from cli_jax.evaluate.output import writable_folder
 from cli_jax.evaluate.report import write_results
 from cli_jax.experiment import ConfigError
+from cli_jax.hf.error import ConversionError
+from cli_jax.train.checkpoint import CheckpointError
 from cli_jax.train.initial import load_initial
 from cli_jax.train.loop import TrainingError
 from cli_jax.train.setup import make_setup
@@ -134,7 +136,8 @@ def _finished_updates(comparison: Comparison, folder: Path, run: Run) -> int:
 def _check_setups(comparison: Comparison, folder: Path) -> None:
     """Everything that shapes can tell is wrong with an arm is found before the first run.
 
-    The same of encoders: one that is missing would be noted in the protocol as if it were there.
+    The same of encoders and of the model that all start from: one that is missing would be noted
+    in the protocol as if it were there, and one that does not fit an arm would end every attempt.
     """
     settings = comparison.settings
     for arm in settings.arms:
@@ -148,3 +151,9 @@ def _check_setups(comparison: Comparison, folder: Path) -> None:
     for encoder in settings.encoders:
         run = Run(encoder.name, settings.fractions[0], settings.seeds[0], settings.baseline)
         load_initial(make_setup(stages(comparison, folder, run)[0][1]))
+    for arm in settings.arms if comparison.base.init_from else ():
+        run = Run(settings.encoders[0].name, settings.fractions[0], settings.seeds[0], arm.name)
+        try:
+            load_initial(make_setup(stages(comparison, folder, run)[0][1]))
+        except (CheckpointError, ConversionError) as error:
+            raise ConfigError(f"config.compare: the arm {arm.name!r}: {error}") from error

@@ -217,6 +217,12 @@ def _check(c: CompareConfig) -> None:
             f"config.compare.evals: {unusable[0]!r} would be mixed up with the held-out "
             f"pictures: choose a name that does not begin with {HELD_OUT!r}"
         )
+    for each in c.select:
+        if not each.arms or len(set(each.arms)) != len(each.arms):
+            raise ConfigError(
+                f"config.compare.select: the arms of {each.name!r} must not be empty or repeat: "
+                f"{list(each.arms)}"
+            )
     for name in (c.baseline, *(name for each in c.select for name in each.arms)):
         if name not in names:
             raise ConfigError(f"config.compare: there is no arm {name!r}; the arms are {names}")

@@ -19,6 +19,7 @@ from typing import Any
 from etils import epath
 
 from cli_jax.analysis.gates import analyze_gates
+from cli_jax.analysis.prompts import AnalysisError
 from cli_jax.compare.config import HELD_OUT, CompareConfig, Comparison, StageConfig
 from cli_jax.compare.progress import Progress
 from cli_jax.compare.splits import eval_file, train_sources
@@ -154,13 +155,20 @@ def draw_gates(comparison: Comparison, root: Path, run: Run) -> None:
     with logged(run.folder(root)):
         opened = open_run(workdir)
         with opened.context():
-            found = analyze_gates(
-                opened.model, opened.params, opened.experiment, path, image_root, workdir / "gates"
-            )
-    names = [file.name for file in found.written if file.suffix == ".png"]
-    write_results(
-        epath.Path(workdir / "gates.json"), {"written": names, "left_out": found.left_out}
-    )
+            try:
+                found = analyze_gates(
+                    opened.model,
+                    opened.params,
+                    opened.experiment,
+                    path,
+                    image_root,
+                    workdir / "gates",
+                )
+                names = [file.name for file in found.written if file.suffix == ".png"]
+                drawn: dict[str, Any] = {"written": names, "left_out": found.left_out}
+            except AnalysisError as error:  # e.g. questions without pictures
+                drawn = {"written": [], "left_out": {}, "problem": str(error)}
+    write_results(epath.Path(workdir / "gates.json"), drawn)
 
 
 def answer_along_the_way(comparison: Comparison, root: Path, run: Run) -> None:

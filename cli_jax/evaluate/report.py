@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from cli_jax.evaluate.metrics import METRICS, exact_match
+from cli_jax.evaluate.metrics import METRICS, exact_match, normalize
 
 PACKAGES = ("cli-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 
@@ -116,6 +116,10 @@ def _group(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 
 def _commonest(answers: Sequence[str]) -> str:
-    """The most frequent answer; the alphabet breaks ties, so that row order plays no part."""
-    counts = Counter(answers)
-    return min(counts, key=lambda answer: (-counts[answer], answer))
+    """The most frequent answer, spellings that score alike counted as one, in its first spelling.
+
+    The alphabet breaks ties, so that row order plays no part.
+    """
+    counts = Counter(normalize(answer) for answer in answers)
+    winner = min(counts, key=lambda answer: (-counts[answer], answer))
+    return min(answer for answer in answers if normalize(answer) == winner)

@@ -119,7 +119,7 @@ def _our_logits(
         checkpoint.has_newline,
     )
     compute = ComputeConfig(dtype="float32", param_dtype="float32", remat="none")
-    model = vlm.build(config, compute)
+    model = vlm.build(config, compute, "cpu")
     apply: Any = model.apply
     batch = _batch(sample, checkpoint)
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])

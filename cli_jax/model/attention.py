@@ -16,11 +16,13 @@ SHORT = 128  # positions
 HeadAxes = tuple[str, str]  # logical axes of the query heads and of the key-value heads
 
 
-def kernel_for(name: str, platform: str) -> str:
+def kernel_for(name: str, platform: str, dtype: str) -> str:
     """The kernel that `name` (of ComputeConfig.attention) means on a platform of JAX's."""
     if name != "auto":
         return name
-    return {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+    if platform in ("gpu", "cuda"):
+        return "xla" if dtype == "float32" else "cudnn"  # which takes 16 bits only
+    return "splash" if platform == "tpu" else "xla"
 
 
 def attention(

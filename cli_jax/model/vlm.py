@@ -165,5 +165,5 @@ def build(config: ModelConfig, compute: ComputeConfig, platform: str | None = No
     strategy.decoder_layers(config.fusion, config.text)
     routing.of(config).check(config)
     strategy.extras(config.fusion, config)
-    kernel: Any = kernel_for(compute.attention, platform or jax.default_backend())
+    kernel: Any = kernel_for(compute.attention, platform or jax.default_backend(), compute.dtype)
     return VLM(config, dataclasses.replace(compute, attention=kernel))

@@ -104,7 +104,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
-    def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState | None:
+    def restore(
+        self, state: TrainState, data: grain.DatasetIterator, experiment: Experiment
+    ) -> TrainState | None:
         """The newest checkpoint that can be read, or None if there is none; sets `data` to it.
 
         `state` holds `jax.ShapeDtypeStruct` with shardings, of any mesh. A damaged checkpoint is
@@ -117,7 +119,7 @@ class Checkpoints:
         for step in steps:
             problem, found = "", None
             try:
-                found = self._restore(step, state, data)
+                found = self._restore(step, state, data, experiment)
             except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # the config's or the machine's trouble, not the checkpoint's
             except Exception as error:
@@ -143,11 +145,11 @@ class Checkpoints:
         return None
 
     def _restore(
-        self, step: int, state: TrainState, data: grain.DatasetIterator
+        self, step: int, state: TrainState, data: grain.DatasetIterator, experiment: Experiment
     ) -> tuple[TrainState, dict[str, Any]]:
         """The state, not verified yet, and the metadata; what this process does by itself."""
         metadata = self._read(step, metadata=ocp.args.JsonRestore())["metadata"]
-        resume.check(metadata, state, data, self.directory / str(step))
+        resume.check(metadata, experiment, state, data, self.directory / str(step))
         restored = self._read(
             step,
             params=ocp.args.StandardRestore(state.params),

@@ -9,17 +9,25 @@ import jax.numpy as jnp
 from etils import epath
 
 from cli_jax import routing
+from cli_jax.experiment import Experiment, load, to_dict
 from cli_jax.fusion import registry
 from cli_jax.fusion.base import Copy
 from cli_jax.hf import load as hf
 from cli_jax.hf.tower import load_tower
 from cli_jax.train.checkpoint import FOLDER, CheckpointError, load_params, stored_arrays
 from cli_jax.train.optimizer import init_optimizer, trained
+from cli_jax.train.resume import config_problems
 from cli_jax.train.setup import Setup, shardings
 from cli_jax.train.state import TrainState, flatten, split, unflatten
 
 Leaves = dict[str, jax.Array]
-TOWER = "vision_tower/"
+TOWER, PROJECTOR = "vision_tower/", "multi_modal_projector/"
+MEANING = {  # parameters that begin so mean the same under equal sections of the config only
+    TOWER: "model.vision",
+    "language_model/": "model.text",
+    "fusion/": "fusion",
+    "routing/": "routing",
+}
 
 
 def init_state(setup: Setup, loaded: Leaves) -> TrainState:
@@ -58,7 +66,7 @@ def load_initial(setup: Setup) -> tuple[Leaves, str]:
     if source := experiment.init_from:
         notes: tuple[str, ...] = ()
         if _is_workdir(source):
-            loaded = _from_workdir("init_from", source, wanted)
+            loaded, notes = _from_workdir(source, experiment, wanted)
         else:
             found = hf.load_params(source, model, setup.state.params, progress=True)
             loaded, notes = flatten(found.params), found.notes
@@ -66,9 +74,7 @@ def load_initial(setup: Setup) -> tuple[Leaves, str]:
     if source := experiment.tower_from:
         tower = {path: leaf for path, leaf in wanted.items() if path.startswith(TOWER)}
         if _is_workdir(source):
-            part = _from_workdir("tower_from", source, tower)
-            if missing := [path for path in tower if path not in part]:
-                raise CheckpointError(f"config.tower_from={source} lacks {', '.join(missing[:3])}")
+            part = _tower_from_workdir(source, experiment, tower)
         else:
             part = load_tower(source, model, tower)
         loaded |= part
@@ -96,18 +102,43 @@ def _is_workdir(source: str) -> bool:
     return (epath.Path(source) / FOLDER).exists()
 
 
-def _from_workdir(setting: str, workdir: str, wanted: dict[str, Any]) -> Leaves:
-    """Of the `wanted` leaves {path: jax.ShapeDtypeStruct} those that a workdir's checkpoint has."""
+def _from_workdir(
+    workdir: str, experiment: Experiment, wanted: dict[str, Any]
+) -> tuple[Leaves, tuple[str, ...]]:
+    """Of the `wanted` {path: jax.ShapeDtypeStruct} the leaves that a checkpoint has, and notes."""
+    stored, model = stored_arrays(workdir), experiment.model
+    notes: tuple[str, ...] = ()
+    projector = {path: leaf.shape for path, leaf in wanted.items() if path.startswith(PROJECTOR)}
+    fits = all(stored.get(path) == shape for path, shape in projector.items())
+    if not fits and not registry.of(model).has_plain_projector(model.fusion):
+        stored = {path: shape for path, shape in stored.items() if not path.startswith(PROJECTOR)}
+        notes += (f"its projector does not fit {model.fusion_name!r}: left out",)
+    if unused := [path for path in stored if path not in wanted]:
+        notes += (f"not used: {', '.join(unused)}",)
+    common = {path: leaf for path, leaf in wanted.items() if path in stored}
+    return _read("init_from", workdir, experiment, common), notes
+
+
+def _tower_from_workdir(workdir: str, experiment: Experiment, tower: dict[str, Any]) -> Leaves:
     stored = stored_arrays(workdir)
-    common = {path: wanted[path] for path in wanted if path in stored}
+    if missing := [path for path in tower if path not in stored]:
+        raise CheckpointError(f"config.tower_from={workdir} lacks {', '.join(missing[:3])}")
+    return _read("tower_from", workdir, experiment, tower)
+
+
+def _read(setting: str, workdir: str, experiment: Experiment, wanted: dict[str, Any]) -> Leaves:
+    """Reads `wanted` from a workdir; CheckpointError lists what is of another shape or meaning."""
+    stored = stored_arrays(workdir)
     wrong = [
         f"{path}: {stored[path]} there, {leaf.shape} here"
-        for path, leaf in common.items()
+        for path, leaf in wanted.items()
         if stored[path] != leaf.shape
     ]
-    if wrong or not common:
+    sections = [s for prefix, s in MEANING.items() if any(p.startswith(prefix) for p in wanted)]
+    wrong += config_problems(to_dict(load(workdir)), to_dict(experiment), sections)
+    if wrong or not wanted:
         raise CheckpointError(
             f"config.{setting}={workdir} holds another model: "
             + ("\n  ".join(wrong[:10]) or "no parameter of this one")
         )
-    return flatten(load_params(workdir, abstract=unflatten(common)))
+    return flatten(load_params(workdir, abstract=unflatten(wanted)))

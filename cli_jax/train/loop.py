@@ -116,7 +116,7 @@ def train(
 
 def start(setup: Setup, checkpoints: Checkpoints, data: Any) -> TrainState:
     """The newest checkpoint's state, or a new one from `config.init_from`; says which."""
-    state = checkpoints.restore(setup.state, data)
+    state = checkpoints.restore(setup.state, data, setup.experiment)
     if state is not None:
         say(f"resuming after step {int(state.step)} from {checkpoints.directory}")
     else:

@@ -64,7 +64,7 @@ def _build_towers(experiment: Experiment, platform: str) -> nn.Module:
                 f"config.{key}={value} must be {needed}"
             )
     compute = experiment.compute
-    kernel: Any = kernel_for(compute.attention, platform)
+    kernel: Any = kernel_for(compute.attention, platform, compute.dtype)
     return TwoTowers(experiment.model, dataclasses.replace(compute, attention=kernel))
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 
-from cli_jax.experiment import ConfigError
+from cli_jax.experiment import ConfigError, Experiment, to_dict
 from cli_jax.train.state import leaf_paths
 
 _REMEDY = (
     "Restore the old config, or use another --workdir, with --config.init_from set to this one to "
     "start from its parameters"
 )
+_MODEL = ("objective", "model", "fusion", "routing")  # what parameters mean depends on these
 
 
 class ChangedRunError(ConfigError):
@@ -31,15 +34,21 @@ def describe(state: Any, checksums: dict[str, int]) -> dict[str, dict[str, Any]]
     }
 
 
-def check(metadata: dict[str, Any], state: Any, data: Any, where: os.PathLike) -> None:
-    """Raises `ChangedRunError` unless the checkpoint's arrays are those of the state.
+def check(
+    metadata: dict[str, Any], experiment: Experiment, state: Any, data: Any, where: os.PathLike
+) -> None:
+    """Raises `ChangedRunError` unless the checkpoint is of the same model, trained the same way.
 
-    Learning rates, logging, evaluation, the mesh and the length of the run may change; shapes and
-    the choice of trained parameters may not. The order of the data is guarded by the data's own
-    state, of which there is one per process; the number of processes may change if `data` says
-    that all of them have the same (`data.any_process_count` is true).
+    Learning rates, logging, evaluation, the mesh and the length of the run may change; the model
+    (also where no shape tells, as of another vision layer), shapes and the choice of trained
+    parameters may not. The order of the data is guarded by the data's own state, of which there is
+    one per process; the number of processes may change if `data` says that all of them have the
+    same (`data.any_process_count` is true).
     """
-    problems = _array_problems(metadata["arrays"], state)
+    problems = [
+        *config_problems(metadata["experiment"], to_dict(experiment), _MODEL),
+        *_array_problems(metadata["arrays"], state),
+    ]
     if problems:
         shown = "\n  ".join(problems[:10] + (["..."] if len(problems) > 10 else []))
         raise ChangedRunError(
@@ -57,6 +66,22 @@ def check(metadata: dict[str, Any], state: Any, data: Any, where: os.PathLike) -
 def set_data_of_any_process(data: Any, folder: epath.Path, processes: int) -> None:
     """Sets `data` to the state that each of so many processes has written into a checkpoint."""
     data.set_state(json.loads((folder / "data" / f"process_0-of-{processes}.json").read_text()))
+
+
+def config_problems(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], sections: Iterable[str]
+) -> list[str]:
+    """What differs between two experiments (as of `to_dict`) in sections such as `model.text`.
+
+    Left aside: how to draw parameters, and settings that only one of the codes has.
+    """
+    found, now = (flatten_dict(dict(each), sep=".") for each in (saved, wanted))
+    names = [name for name in now if any(f"{name}.".startswith(f"{s}.") for s in sections)]
+    return [
+        f"config.{name}: checkpoint {found[name]!r}, config {now[name]!r}"
+        for name in names
+        if not name.endswith(".initializer_range") and found.get(name, now[name]) != now[name]
+    ]
 
 
 def _array_problems(saved: dict[str, dict[str, Any]], state: Any) -> list[str]:

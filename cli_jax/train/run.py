@@ -14,6 +14,7 @@ from etils import epath
 
 from cli_jax import demo
 from cli_jax.analysis import gates, plots
+from cli_jax.analysis.prompts import AnalysisError
 from cli_jax.data import pipeline
 from cli_jax.evaluate.run import evaluate
 from cli_jax.experiment import ConfigError, Experiment, locate
@@ -125,13 +126,16 @@ def _draw(setup: Setup, params: Params, workdir: str) -> None:
         plots.loss_curve(Path(workdir) / metrics.FILE, Path(workdir) / "loss.png", per)
     settings, model = setup.experiment.eval, setup.experiment.model
     if settings.path and registry.of(model).gated_taps(model.fusion, model.vision):
-        with setup.context():
-            gates.analyze_gates(
-                setup.model,
-                params,
-                setup.experiment,
-                settings.path,
-                settings.image_root,
-                workdir,
-                limit=settings.limit,
-            )
+        try:
+            with setup.context():
+                gates.analyze_gates(
+                    setup.model,
+                    params,
+                    setup.experiment,
+                    settings.path,
+                    settings.image_root,
+                    workdir,
+                    limit=settings.limit,
+                )
+        except AnalysisError as error:  # e.g. questions without pictures
+            say(f"no picture of the gates: {error}")

@@ -99,17 +99,18 @@ def test_blocks_divide_whole_lanes():
 
 
 @pytest.mark.parametrize(
-    ("name", "platform", "kernel"),
+    ("name", "platform", "dtype", "kernel"),
     [
-        ("auto", "tpu", "splash"),
-        ("auto", "gpu", "cudnn"),
-        ("auto", "cpu", "xla"),
-        ("xla", "tpu", "xla"),
-        ("splash", "cpu", "splash"),
+        ("auto", "tpu", "float32", "splash"),
+        ("auto", "gpu", "bfloat16", "cudnn"),
+        ("auto", "gpu", "float32", "xla"),  # cuDNN's knows 16 bits only
+        ("auto", "cpu", "bfloat16", "xla"),
+        ("xla", "tpu", "bfloat16", "xla"),
+        ("splash", "cpu", "float32", "splash"),
     ],
 )
-def test_auto_is_settled_by_the_platform(name, platform, kernel):
-    assert kernel_for(name, platform) == kernel
+def test_auto_is_settled_by_platform_and_dtype(name, platform, dtype, kernel):
+    assert kernel_for(name, platform, dtype) == kernel
 
 
 def test_short_rows_use_the_plain_form():

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -75,11 +76,11 @@ def write(workdir, steps, **options) -> None:
     checkpoints.close()
 
 
-def read(workdir, state=None, data=None):
+def read(workdir, state=None, data=None, experiment=EXPERIMENT):
     checkpoints = Checkpoints(workdir, CheckpointConfig(keep=10))
     data = data or Counter()
     try:
-        return checkpoints.restore(abstract(state or make_state(0)), data), data
+        return checkpoints.restore(abstract(state or make_state(0)), data, experiment), data
     finally:
         checkpoints.close()
 
@@ -236,6 +237,22 @@ def test_another_model_or_choice_of_trained_parameters_is_an_error_not_damage(tm
     assert "opt_state/0/mu/a/kernel: only in the checkpoint" in text
     assert "--config.init_from" in text
     assert sorted(os.listdir(tmp_path / FOLDER)) == ["1", "2"]
+
+
+def test_another_model_of_the_same_shapes_is_an_error(tmp_path):
+    """Gates that see the prompt have the parameters of those that see the picture."""
+    write(tmp_path, [1])
+    fusion = dataclasses.replace(EXPERIMENT.model.fusion, context="prompt")
+    model = dataclasses.replace(EXPERIMENT.model, fusion=fusion)
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path, experiment=dataclasses.replace(EXPERIMENT, model=model))
+    assert "config.fusion.cli.context: checkpoint 'image', config 'prompt'" in str(error.value)
+    assert os.listdir(tmp_path / FOLDER) == ["1"]
+    path = tmp_path / FOLDER / "1" / "metadata" / "metadata"
+    metadata = json.loads(path.read_text())
+    del metadata["experiment"]["fusion"]["cli"]["context"]  # as from code without this setting
+    path.write_text(json.dumps(metadata))
+    assert int(read(tmp_path)[0].step) == 1
 
 
 def test_another_order_of_the_data_is_an_error_not_damage(tmp_path):

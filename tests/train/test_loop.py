@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import train_tiny
 
-from cli_jax.experiment import LogConfig
+from cli_jax.experiment import LogConfig, from_dict
 from cli_jax.train.checkpoint import FOLDER, CheckpointError, find_step, load_params
 from cli_jax.train.initial import load_initial
 from cli_jax.train.loop import TrainingError
+from cli_jax.train.setup import make_setup
 from cli_jax.train.state import flatten, unflatten
 
 
@@ -139,6 +140,45 @@ def test_what_another_workdir_lacks_is_new_and_other_shapes_are_refused(go, setu
     other = jax.ShapeDtypeStruct((5,), bias.dtype, sharding=bias.sharding)
     with pytest.raises(CheckpointError, match=r"image_newline: \(32,\) there, \(5,\) here"):
         wanting(image_newline=other)
+
+
+def test_parameters_mean_what_they_meant_where_they_come_from(go, setup, tmp_path):
+    """No shape tells whether gates saw the prompt, or how many heads a layer has."""
+    go(tmp_path)
+    model = setup.experiment.model
+
+    def load(**changes):
+        changed = dataclasses.replace(model, **changes)
+        experiment = dataclasses.replace(
+            setup.experiment, init_from=str(tmp_path), model=changed, seed=5
+        )
+        return load_initial(dataclasses.replace(setup, experiment=experiment))
+
+    assert "new: none" in load()[1]
+    drawn = dataclasses.replace(model.text, initializer_range=0.5)
+    assert "new: none" in load(text=drawn)[1]
+    with pytest.raises(CheckpointError, match=r"fusion\.cli\.context: checkpoint 'image', config"):
+        load(fusion=dataclasses.replace(model.fusion, context="prompt"))
+    heads = dataclasses.replace(model.vision, num_attention_heads=4)
+    with pytest.raises(CheckpointError, match=r"model\.vision\.num_attention_heads: checkpoint 2"):
+        load(vision=heads)
+
+
+def test_a_strategy_takes_from_another_ones_run_what_it_has_a_use_for(go, setup, tmp_path):
+    go(tmp_path)
+    config = train_tiny.config() | {"init_from": str(tmp_path)}
+    config["fusion"] = {"name": "none"}
+    loaded, sentence = load_initial(make_setup(from_dict(config)))
+    assert "not used: fusion/agf/gate_bias, " in sentence
+    assert not any(path.startswith("fusion/") for path in loaded)
+    assert "multi_modal_projector/linear_1/kernel" in loaded
+    config["fusion"] = {
+        "name": "dense_connector",
+        "dense_connector": {"variant": "sci", "taps": [0, 1]},
+    }
+    loaded, sentence = load_initial(make_setup(from_dict(config)))
+    assert "its projector does not fit 'dense_connector': left out" in sentence
+    assert not any(path.startswith("multi_modal_projector/") for path in loaded)
 
 
 def test_the_tower_can_come_from_another_place_than_the_rest(go, setup, tmp_path):

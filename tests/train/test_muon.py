@@ -119,7 +119,7 @@ def test_a_saved_run_goes_on_to_the_same_bits(tiny, tmp_path):
     checkpoints.wait()
     whole, _ = go_on(tiny, state, data, 2)
     again = train_tiny.Data(setup.experiment)
-    restored = checkpoints.restore(setup.state, again)
+    restored = checkpoints.restore(setup.state, again, setup.experiment)
     checkpoints.close()
     resumed, _ = go_on(tiny, restored, again, 2)
     assert sum("mu/language_model" in path for path in leaf_paths(whole)) > 3

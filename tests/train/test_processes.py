@@ -105,7 +105,7 @@ def test_two_processes_have_the_numbers_of_one_and_save_once_when_one_is_asked_t
 def test_one_process_goes_on_from_the_checkpoint_of_two(copied, go, setup, straight):
     workdir, step = copied
     checkpoints = Checkpoints(workdir, setup.experiment.checkpoint)
-    restored = checkpoints.restore(setup.state, train_tiny.Data(setup.experiment))
+    restored = checkpoints.restore(setup.state, train_tiny.Data(setup.experiment), setup.experiment)
     checkpoints.close()
     pair = (load_params(workdir), restored.params)
     for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
@@ -123,7 +123,7 @@ def test_data_of_which_each_process_has_its_own_is_refused_in_one_line(copied, s
     workdir, step = copied
     checkpoints = Checkpoints(workdir, setup.experiment.checkpoint)
     with pytest.raises(ConfigError, match=rf"{FOLDER}/{step} was written by 2 processes and"):
-        checkpoints.restore(setup.state, Own(setup.experiment))
+        checkpoints.restore(setup.state, Own(setup.experiment), setup.experiment)
     checkpoints.close()
     assert saved(workdir) == [step]
 

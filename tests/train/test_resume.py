@@ -108,7 +108,7 @@ def test_eight_devices_give_the_numbers_of_one(child, setup, update, state, tmp_
     for path, leaf in flatten(state.params).items():
         np.testing.assert_allclose(flatten(params)[path], leaf, atol=2e-4, err_msg=path)
     checkpoints = Checkpoints(tmp_path, setup.experiment.checkpoint)
-    restored = checkpoints.restore(setup.state, train_tiny.Data(setup.experiment))
+    restored = checkpoints.restore(setup.state, train_tiny.Data(setup.experiment), setup.experiment)
     checkpoints.close()
     assert int(restored.step) == 3
     for a, b in zip(*map(jax.tree.leaves, (params, restored.params)), strict=True):
