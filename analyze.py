@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli_jax.options import at_least
+
 if TYPE_CHECKING:
     from cli_jax.analysis.prompts import Findings
 
@@ -185,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     gates = add("gates", _gates, "mean gate per decoder and vision layer", GATES)
     layers = add("layers", _layers, "similarity of vision layers, and groups of them", LAYERS)
     layers.add_argument(
-        "--groups", type=_at_least(1), default=3, help="groups of layers (default: 3)"
+        "--groups", type=at_least(1), default=3, help="groups of layers (default: 3)"
     )
     attention = add("attention", _attention, "attention from text to image per layer", ATTENTION)
     attention.add_argument("--per_head", action="store_true", help="save and draw every head, too")
@@ -195,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     probe = add("probe", _probe, "what each layer of a pretrained tower can be read for", PROBE)
     probe.add_argument("--workdir", required=True, help="folder that train.py has written")
     probe.add_argument("--output", required=True, help="folder for what is written")
-    probe.add_argument("--step", type=_at_least(0), help="checkpoint (default: the newest)")
+    probe.add_argument("--step", type=at_least(0), help="checkpoint (default: the newest)")
 
     compare = add("compare", _compare, "fusion strategies side by side", COMPARE)
     compare.allow_abbrev = False
@@ -221,23 +223,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--image_root", default="", help="folder of the pictures (default: that of --data)"
     )
     parser.add_argument("--output", required=True, help="folder for what is written")
-    parser.add_argument("--step", type=_at_least(0), help="checkpoint (default: the newest)")
+    parser.add_argument("--step", type=at_least(0), help="checkpoint (default: the newest)")
     parser.add_argument(
-        "--limit", type=_at_least(0), default=0, help="use the first LIMIT rows (0 = all)"
+        "--limit", type=at_least(0), default=0, help="use the first LIMIT rows (0 = all)"
     )
     parser.add_argument(
-        "--batch_size", type=_at_least(1), help="prompts at a time (default: config.eval's)"
+        "--batch_size", type=at_least(1), help="prompts at a time (default: config.eval's)"
     )
-
-
-def _at_least(least: int):
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return integer
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from cli_jax.options import at_least
+
 DESCRIPTION = """\
 Asks a trained model every question of a LLaVA-format JSON or JSONL file and compares its answers.
 
@@ -104,10 +106,10 @@ def _parser() -> argparse.ArgumentParser:
         "--output", required=True, type=_json_path, help="file for the numbers, NAME.json"
     )
     need.add_argument(
-        "--step", type=_at_least(0), help="checkpoint of this step (default: the newest)"
+        "--step", type=at_least(0), help="checkpoint of this step (default: the newest)"
     )
     need.add_argument(
-        "--limit", type=_at_least(0), default=0, help="ask the first LIMIT questions (0 = all)"
+        "--limit", type=at_least(0), default=0, help="ask the first LIMIT questions (0 = all)"
     )
     need.add_argument(
         "--blank_images", action="store_true", help="control: gray pictures of the same size"
@@ -119,30 +121,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("how to answer (defaults: the run's config.eval, greedy)")
     how.add_argument(
-        "--batch_size", type=_at_least(1), help="prompts at a time; answers do not depend on it"
+        "--batch_size", type=at_least(1), help="prompts at a time; answers do not depend on it"
     )
-    how.add_argument("--max_new_tokens", type=_at_least(1), help="longest answer, in tokens")
+    how.add_argument("--max_new_tokens", type=at_least(1), help="longest answer, in tokens")
     how.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
     )
     how.add_argument(
-        "--top_k", type=_at_least(0), default=0, help="sample among the k likeliest (0 = all)"
+        "--top_k", type=at_least(0), default=0, help="sample among the k likeliest (0 = all)"
     )
     how.add_argument(
         "--top_p", type=float, default=1.0, help="sample among those that reach this probability"
     )
     how.add_argument("--seed", type=int, default=0, help="of the sampling")
     return parser
-
-
-def _at_least(least: int):
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return integer
 
 
 def _json_path(text: str) -> Path:

@@ -92,34 +92,6 @@ def vicuna_7b() -> Section:
     )
 
 
-def mobilellama_1p4b() -> Section:
-    """MobileLLaMA-1.4B, as its paper describes it; not compared with a released config."""
-    return _llama(
-        vocab_size=32_000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        head_dim=128,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=2048,
-    )
-
-
-def mobilellama_2p7b() -> Section:
-    """MobileLLaMA-2.7B, as its paper describes it; not compared with a released config."""
-    return _llama(
-        vocab_size=32_000,
-        hidden_size=2560,
-        intermediate_size=6912,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        head_dim=80,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=2048,
-    )
-
-
 def _qwen2(**shape: Any) -> Section:
     return {
         "model_type": "qwen2",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ from cli_jax.analysis.places import (
 from cli_jax.analysis.plots import lines, require_matplotlib
 from cli_jax.analysis.regression import read_out
 from cli_jax.data.facts import CATEGORIES, Fact, facts
+from cli_jax.data.ledger import drop_of
 from cli_jax.data.parts import held_out_scenes, scene_of
-from cli_jax.data.sources import open_sources
+from cli_jax.data.sources import RowError, open_sources
 from cli_jax.evaluate.output import writable_folder
 from cli_jax.evaluate.progress import progress_bar
 from cli_jax.experiment import Experiment, load
 from cli_jax.fusion import base
+from cli_jax.image.errors import ImageError
 from cli_jax.image.preprocess import image_size, make_tiles, open_image
 from cli_jax.model.attention import kernel_for
 from cli_jax.model.vision import VisionTower
@@ -101,7 +103,9 @@ def probe(workdir: str | Path, output: str | Path, step: int | None = None) -> F
     folder = writable_folder(output)
     experiment = load(workdir)
     step = find_step(workdir, step)
-    pictures = read_pictures(experiment)
+    pictures, left_out = read_pictures(experiment)
+    if left_out:
+        print(f"{left_out} rows cannot be used and are left out")
     tower, params = load_tower(experiment, workdir, step)
     features = read_features(experiment, pictures, tower, params)
     names = ("pixels", *map(str, range(experiment.model.vision.last_layer + 1)))
@@ -121,30 +125,57 @@ def probe(workdir: str | Path, output: str | Path, step: int | None = None) -> F
     return found
 
 
-def read_pictures(experiment: Experiment) -> list[Picture]:
-    """The rows of the run's training files with their facts, each for one use."""
+def read_pictures(experiment: Experiment) -> tuple[list[Picture], int]:
+    """The rows of the run's training files with their facts, each for one use.
+
+    And how many rows are left out, for what training leaves them out for, too.
+    """
     if not experiment.data.held_out:
         raise ProbeError(
             f"{experiment.name} was trained on all its pictures: there is none to score on. Train "
             f"it with config.data.held_out"
         )
     data = dataclasses.replace(experiment.data, captions="")
-    pictures = []
+    pictures, left_out = [], 0
     for part in ("train", "held_out"):
-        for file, _, root in zip(*open_sources(data, part), strict=True):
-            rows = [file[i] for i in range(len(file))]
-            scenes = [scene_of(row, data.scene) for row in rows]
+        for source, (file, _, root) in enumerate(zip(*open_sources(data, part), strict=True)):
+            found: list[tuple[str, str, tuple[Fact, ...]]] = []
+            for i in range(len(file)):
+                try:
+                    row = file[i]
+                    path = one_picture(row)
+                    image_size(root, path, experiment.model.image.max_pixels)
+                    found.append((scene_of(row, data.scene), path, tuple(facts(row))))
+                except Exception as error:
+                    if drop_of(error, source, i, "") is None:
+                        raise
+                    left_out += 1
+            scenes = [scene for scene, *_ in found]
             choosing = held_out_scenes(scenes, CHOOSE) if part == "train" else set()
-            for row, scene in zip(rows, scenes, strict=True):
+            for scene, path, known in found:
                 use = "score" if part == "held_out" else "choose" if scene in choosing else "fit"
-                pictures.append(Picture(root, row["image"], tuple(facts(row)), use))
-    return pictures
+                pictures.append(Picture(root, path, known, use))
+    for use, what in (("fit", "trained on"), ("score", "held out")):
+        if not any(picture.use == use for picture in pictures):
+            raise ProbeError(f"{experiment.name}: no row that was {what} can be used")
+    return pictures, left_out
+
+
+def one_picture(row: Mapping[str, Any]) -> str:
+    """The path of a row's picture; RowError if it has none or several."""
+    path = row.get("image")
+    if not isinstance(path, str):
+        raise RowError(f"a probe needs one picture a row, not {path!r:.80}")
+    return path
 
 
 def read_tiles(picture: Picture, experiment: Experiment, size: tuple[int, int]) -> np.ndarray:
     """The tiles uint8 [M, H, W, 3] of a picture of `size` (width, height) pixels."""
     image = experiment.model.image
-    found = open_image(picture.root, picture.path, image.max_pixels)
+    try:
+        found = open_image(picture.root, picture.path, image.max_pixels)
+    except ImageError as error:  # its header was sound
+        raise ProbeError(f"{picture.path} cannot be decoded ({error}): remove its row") from error
     if found.size != size:
         raise ProbeError(
             f"{picture.path} has {found.size} pixels and others {size}: places are compared in "

@@ -10,6 +10,7 @@ from etils import epath
 
 from cli_jax.batch import Batch
 from cli_jax.data import Sample
+from cli_jax.data.sources import image_root_of
 from cli_jax.evaluate.progress import progress_bar
 from cli_jax.evaluate.prompts import Question, load_prompts, prompt_spec, read_questions
 from cli_jax.experiment import Experiment
@@ -50,7 +51,7 @@ class Prompts:
         self.questions = read_questions(path, limit)
         self.left_out: dict[str, str] = {}
         self._spec = prompt_spec(experiment, load_tokenizer(experiment.data.tokenizer), 0)
-        self._root = str(image_root or Path(path).parent)
+        self._root = image_root_of(path, image_root)
 
     def samples(self) -> Iterator[tuple[int, Sample]]:
         """The prompts with pictures, each with its question's number."""

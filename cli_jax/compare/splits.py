@@ -18,7 +18,7 @@ import numpy as np
 
 from cli_jax.compare.config import HELD_OUT, Comparison
 from cli_jax.data.parts import PartOf, in_order, scene_of
-from cli_jax.data.sources import RowError, open_sources
+from cli_jax.data.sources import RowError, image_root_of, open_sources
 from cli_jax.evaluate.prompts import read_questions
 from cli_jax.experiment import ConfigError, SourceConfig
 from cli_jax.text.conversation import ConversationError, exchanges
@@ -124,7 +124,7 @@ def cut(comparison: Comparison) -> Splits:
         report["evals"][HELD_OUT] = noted.report() | {"sha256": sha256(_lines(asked).encode())}
     seen = pictures_in(rest) | pictures_in(held_out)
     for name, each in comparison.eval_files.items():
-        root = each.image_root or str(Path(each.path).parent)
+        root = image_root_of(each.path, each.image_root)
         questions = read_questions(each.path)
         noted = Noted(
             [_pictures({"image": list(question.images)}, root) for question in questions],
@@ -159,7 +159,11 @@ def train_sources(
     """`data.train` of the runs on a fraction: the parts of the base's files, weights kept."""
     sources = comparison.base.data.train
     return tuple(
-        SourceConfig(str(folder / FOLDER / train_name(fraction, i)), root_of(each), each.weight)
+        SourceConfig(
+            str(folder / FOLDER / train_name(fraction, i)),
+            image_root_of(each.path, each.image_root),
+            each.weight,
+        )
         for i, each in enumerate(sources)
     )
 
@@ -176,10 +180,6 @@ def scenes_of(folder: Path, name: str) -> tuple[list[str], list[str]]:
     """(scene, category) of every question of an evaluation file, in its order."""
     noted = json.loads((folder / FOLDER / noted_name(name)).read_text())
     return noted["scenes"], noted["categories"]
-
-
-def root_of(source: SourceConfig) -> str:
-    return source.image_root or str(Path(source.path).parent)
 
 
 def pictures_in(scenes: Iterable[Scene]) -> set[str]:
@@ -216,10 +216,11 @@ def _held_out_questions(comparison: Comparison, scenes: list[Scene]) -> Iterable
     """Every question of the held-out rows, or some of each, as a row with its `scene`; pictures
     below /."""
     data, most = comparison.base.data, comparison.settings.held_out_questions
-    sources, rng = data.train, np.random.default_rng(0)
+    roots = [image_root_of(source.path, source.image_root) for source in data.train]
+    rng = np.random.default_rng(0)
     for scene in scenes:
         for number, row in scene.rows:
-            pictures = _pictures(row, root_of(sources[number]))
+            pictures = _pictures(row, roots[number])
             try:
                 found = exchanges(row.get("conversations"), len(pictures))
             except ConversationError:

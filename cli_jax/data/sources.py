@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import re
 from array import array
 from collections.abc import Mapping
@@ -26,6 +27,11 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 class DataError(ValueError):
     """Data that cannot be trained on; the message names the file or the rows and the remedy."""
+
+
+def image_root_of(path: str | os.PathLike[str], image_root: str | os.PathLike[str]) -> str:
+    """The folder of a file's pictures: the one given, or where the file lies."""
+    return str(image_root or Path(path).parent)
 
 
 class RowError(ValueError):
@@ -103,7 +109,7 @@ def open_sources(
         raise ConfigError("data.train is empty: name at least one JSON or JSONL file")
     files: list[Rows] = [RowFile(source.path) for source in data.train]
     ranges = [_range(source, len(file)) for source, file in zip(data.train, files, strict=True)]
-    roots = [source.image_root or str(Path(source.path).parent) for source in data.train]
+    roots = [image_root_of(source.path, source.image_root) for source in data.train]
     if data.captions or data.held_out:
         files = list(parts(files, ranges, data, part))
         ranges = [(0, len(file)) for file in files]

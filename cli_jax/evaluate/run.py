@@ -12,6 +12,7 @@ import jax
 from etils import epath
 
 from cli_jax.data import Sample, SampleSpec
+from cli_jax.data.sources import image_root_of
 from cli_jax.evaluate.metrics import METRICS
 from cli_jax.evaluate.output import OutputError, writable_folder
 from cli_jax.evaluate.progress import progress_bar
@@ -73,7 +74,7 @@ def evaluate(
     rows = whole_rows(batch_size or defaults.batch_size)
     new_tokens = max_new_tokens or defaults.max_new_tokens
     sampling = sampling or Sampling()
-    root = str(image_root or Path(path).parent)
+    root = image_root_of(path, image_root)
     files = _files(output_dir, name, path)
     if jax.process_index() == 0:
         files["results"].unlink(missing_ok=True)  # it must not stand for a run that fails

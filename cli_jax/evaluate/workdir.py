@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import flax.linen as nn
@@ -38,11 +37,9 @@ class Run:
     mesh: Mesh
     rules: Rules
 
-    @contextlib.contextmanager
-    def context(self) -> Iterator[None]:
+    def context(self) -> contextlib.AbstractContextManager[None]:
         """The mesh and the rules, for everything that is traced."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules.pairs()):
-            yield
+        return self.rules.on(self.mesh)
 
 
 def open_run(where: str | Path, step: int | None = None) -> Run:

@@ -34,16 +34,6 @@ class Array(Protocol):
     def read(self, index: tuple[slice | int, ...]) -> np.ndarray: ...
 
 
-class MemoryArray:
-    """A numpy or jax array that this process holds."""
-
-    def __init__(self, array: Any) -> None:
-        self.array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(array.dtype)
-
-    def read(self, index: tuple[slice | int, ...]) -> np.ndarray:
-        return np.asarray(self.array[index])
-
-
 class Stored:
     """One of our arrays, or one layer of it, seen as the stored tensor it came from."""
 

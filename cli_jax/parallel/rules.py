@@ -6,8 +6,10 @@ where the names meet one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -54,6 +56,12 @@ class Rules:
     def pairs(self) -> list[tuple[str, MeshAxes | None]]:
         """The table as `flax.linen.logical_axis_rules` wants it."""
         return [(f.name, getattr(self, f.name) or None) for f in dataclasses.fields(self)]
+
+    @contextlib.contextmanager
+    def on(self, mesh: Mesh) -> Iterator[None]:
+        """The mesh and these rules, for everything that is traced inside."""
+        with jax.set_mesh(mesh), nn.logical_axis_rules(self.pairs()):
+            yield
 
 
 def rules_for(model: ModelConfig, mesh: Mesh) -> tuple[Rules, tuple[str, ...]]:

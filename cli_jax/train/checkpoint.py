@@ -253,9 +253,9 @@ def find_step(workdir: str | epath.Path, step: int | None = None) -> int:
     return max(steps) if step is None else step
 
 
-def stored_arrays(workdir: str | epath.Path, step: int | None = None) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the parameters in a checkpoint, the newest by default."""
-    return _shapes(_metadata(_folder(workdir, step)))
+def stored_arrays(workdir: str | epath.Path) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the parameters in the newest checkpoint."""
+    return _shapes(_metadata(_folder(workdir, None)))
 
 
 def _shapes(metadata: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -42,11 +42,9 @@ class Setup:
     batch: dict[str, jax.ShapeDtypeStruct]
     notes: tuple[str, ...]  # what could not be split over the mesh as the rules say
 
-    @contextlib.contextmanager
-    def context(self) -> Iterator[None]:
+    def context(self) -> contextlib.AbstractContextManager[None]:
         """The mesh and the rules, for everything that is traced."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules.pairs()):
-            yield
+        return self.rules.on(self.mesh)
 
     def init_params(self, seed: int) -> Params:
         """Fresh parameters from a seed, unboxed; to be called inside `jax.jit`."""

@@ -104,6 +104,11 @@ def test_towers_are_named_in_one_place(tmp_path):
         ),
         ({"armss": []}, "unknown key config.compare.armss; did you mean 'arms'"),
         ({"encoders": [{"name": "a/b"}]}, "'a/b' becomes a folder"),
+        (
+            {"select": [{"name": "best", "arms": ["layer_1", "layer_1"]}]},
+            r"select: the arms of 'best' must not be empty or repeat: \['layer_1', 'layer_1'\]",
+        ),
+        ({"select": [{"name": "best", "arms": []}]}, "the arms of 'best' must not be empty"),
         ({"select": [{"name": "1/3", "arms": ["none", "layer_1"]}]}, "'1/3' becomes a file"),
         (
             {"select": [{"name": "none", "arms": ["none", "layer_1"]}]},

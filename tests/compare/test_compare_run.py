@@ -159,6 +159,36 @@ def test_an_encoder_that_is_missing_does_not_become_part_of_a_protocol(data, tmp
     assert not (tmp_path / "out" / "protocol.json").exists()
 
 
+def test_a_model_that_does_not_fit_an_arm_does_not_become_part_of_a_protocol(
+    finished, data, tmp_path
+):
+    arms = [compare_tiny.arm("none", "none"), compare_tiny.arm("cli", "cli", rank=3)]
+    settings = config(data, arms=arms, select=[])
+    settings["init_from"] = str(workdir(finished.folder, "cli", 0))
+    with pytest.raises(ConfigError, match=r"the arm 'cli': config\.init_from=.*lora_A: .* there"):
+        compare(settings, tmp_path / "out")
+    assert not (tmp_path / "out" / "protocol.json").exists()
+
+
+def test_questions_without_pictures_do_not_stop_a_comparison(data, quick, tmp_path):
+    asked = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "red"}]
+    (data / "text.json").write_text(json.dumps([{"id": "q", "conversations": asked}]))
+    settings = config(
+        data,
+        arms=[compare_tiny.arm("none", "none"), compare_tiny.arm("cli", "cli")],
+        select=[],
+        seeds=[0],
+        evals=[{"name": "text", "path": "text.json"}],
+    )
+    compare(settings, tmp_path)
+    answered = workdir(tmp_path, "cli", 0)
+    drawn = json.loads((answered / "gates.json").read_text())
+    assert drawn["written"] == []
+    assert "holds no picture whose gates could be read" in drawn["problem"]
+    (cell,) = comparable(tmp_path)["cells"]
+    assert [row["label"] for row in cell["rows"]] == ["none", "cli"]
+
+
 def test_the_bar_counts_what_is_done_and_what_never_will_be():
     with Progress(total=24, finished=6) as progress:
         progress.begin("a stage that goes on after its second update")

@@ -49,7 +49,7 @@ def folder(tmp_path):
             cost |= {"forward_flops": 3.5e6, "update_flops": 1e7}
             cost["samples"] = {"drawn": 16, "skipped_rows": 0, "too_long_rows": 0}
             cost["seconds_per_update"] = 0.020 + 0.002 * seed
-            overall = {"overall": {"exact_match": HELD_OUT[arm][seed]}}
+            overall = {"overall": {"exact_match": HELD_OUT[arm][seed]}, "bad_rows": []}
             metrics = "".join(json.dumps({"step": s, "loss": 3.0 - s / 2}) + "\n" for s in range(5))
             for name, content in (
                 ("results_val.json", {"bad_rows": []}),
@@ -126,6 +126,9 @@ def test_what_makes_runs_incomparable_is_said(folder):
     assert "\n1 rows of val could not be asked and count as wrong in all" in markdown(
         summary(folder), {}
     )
+    chosen = workdirs["none"] / "results_held_out.json"  # these decide selections
+    chosen.write_text(json.dumps(json.loads(chosen.read_text()) | bad))
+    assert "**0 to 1 rows of held_out could not be asked" in markdown(summary(folder), {})
     (workdirs["cli"] / "results_val.json").write_text(json.dumps({"bad_rows": []}))
     text = markdown(summary(folder), {})
     assert "**0 to 1 rows of val could not be asked, by run, and count as wrong: runs are" in text

@@ -87,7 +87,7 @@ def make_experiment(folder: Path, **fusion: Any) -> Experiment:
     )
 
 
-def make_model(experiment: Experiment, seed: int = 0) -> tuple[Any, Any]:
+def make_model(experiment: Experiment) -> tuple[Any, Any]:
     """The model and parameters in which nothing is zero, so that everything has an effect."""
     model = build(experiment.model, experiment.compute)
     vision = experiment.model.vision
@@ -96,7 +96,7 @@ def make_model(experiment: Experiment, seed: int = 0) -> tuple[Any, Any]:
         tile_size=vision.image_size, patches=vision.num_patches, text=2,
     )  # fmt: skip
     shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), row)["params"])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path)
@@ -107,13 +107,13 @@ def make_model(experiment: Experiment, seed: int = 0) -> tuple[Any, Any]:
     return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def save_workdir(folder: Path, experiment: Experiment, params: Any, step: int = 3) -> Path:
+def save_workdir(folder: Path, experiment: Experiment, params: Any) -> Path:
     """A workdir with one checkpoint, as training leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(to_dict(experiment)))
     checkpoints = Checkpoints(folder, experiment.checkpoint)
     data = iter(grain.MapDataset.range(3).to_iter_dataset())
-    checkpoints.save(TrainState(jnp.int32(step), params, {}), data, experiment, "test")
+    checkpoints.save(TrainState(jnp.int32(3), params, {}), data, experiment, "test")
     checkpoints.wait()
     checkpoints.close()
     return folder
@@ -150,13 +150,10 @@ def save_picture(folder: Path, name: str, size: tuple[int, int], seed: int | Non
     return name
 
 
-def save_questions(folder: Path, count: int = 6, gray: bool = False) -> Path:
+def save_questions(folder: Path, count: int) -> Path:
     """Questions about one picture each, of one shape, so that few programs are compiled."""
-    seeds = [None if gray else i for i in range(count)]
-    return save_rows(
-        folder,
-        [question(i, save_picture(folder, f"p{i}.png", (14, 9), seeds[i])) for i in range(count)],
-    )
+    pictures = [save_picture(folder, f"p{i}.png", (14, 9), i) for i in range(count)]
+    return save_rows(folder, [question(i, picture) for i, picture in enumerate(pictures)])
 
 
 def save_mixed_questions(folder: Path) -> Path:

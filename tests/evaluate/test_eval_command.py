@@ -87,9 +87,13 @@ def test_gates_are_put_at_their_means(folder, tmp_path, capsys):
     other = options(folder, "", output=answers, constant_gates=tmp_path / "other.npz")
     assert COMMAND.main(other) == 1
     assert "gates of decoder layers 9 and vision layers 1, the run has" in capsys.readouterr().err
-    none = options(folder, "", output=answers, constant_gates=tmp_path / "none.npz")
-    assert COMMAND.main(none) == 1
-    assert "none.npz cannot be read" in capsys.readouterr().err
+    whole = means.read_bytes()
+    for name, content in (("none", None), ("empty", b""), ("half", whole[: len(whole) // 2])):
+        if content is not None:
+            (tmp_path / f"{name}.npz").write_bytes(content)
+        damaged = options(folder, "", output=answers, constant_gates=tmp_path / f"{name}.npz")
+        assert COMMAND.main(damaged) == 1
+        assert f"{name}.npz cannot be read" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,14 @@ def test_the_commonest_answer_does_not_depend_on_the_order_of_rows():
     assert summarize(rows[::-1])["overall"]["chance_answer"] == "3"
 
 
+def test_spellings_that_score_alike_are_one_answer():
+    rows = [row("a", "q", answer, "") for answer in ["Yes", "yes", "Yes.", "No", "No"]]
+    overall = summarize(rows)["overall"]
+    assert overall["chance_answer"] == "Yes"
+    assert overall["chance"]["exact_match"] == pytest.approx(3 / 5)
+    assert overall["chance_per_question"]["exact_match"] == pytest.approx(3 / 5)
+
+
 def test_a_row_that_could_not_be_asked_is_wrong_even_if_nothing_is_the_answer():
     bad = row("a", "q", "", "", error="no answer")
     assert not bad.correct

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ from PIL import Image
 from cli_jax.data import DataError
 from cli_jax.evaluate.output import OutputError
 from cli_jax.evaluate.run import evaluate
+from cli_jax.generate.engine import Generator
 from cli_jax.generate.sampling import Sampling
 from tests.evaluate import eval_small as small
 
@@ -117,7 +119,22 @@ def test_options_of_the_call_go_before_the_config(setting):
     found, greedy = setting.predictions("short"), setting.predictions("whole")
     assert len(found) == 2
     assert [p["prediction"] for p in found] != [p["prediction"][:3] for p in greedy[:2]]
-    assert results["cut_off"] <= 2
+
+
+def test_answers_that_were_cut_off_are_counted(setting, monkeypatch):
+    honest, stopped = Generator.__call__, []
+
+    def every_third_stops(self, batch, requests):
+        completions = honest(self, batch, requests)
+        for i, completion in enumerate(completions):
+            stopped.append(len(stopped) % 3 == 0)
+            completions[i] = dataclasses.replace(completion, stopped=stopped[-1])
+        return completions
+
+    monkeypatch.setattr(Generator, "__call__", every_third_stops)
+    results = setting.evaluate("cut")
+    assert stopped == [True, False, False, True, False]
+    assert results["cut_off"] == 3
 
 
 def test_the_contact_sheet_shows_every_row(setting):

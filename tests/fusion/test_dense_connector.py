@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from cli_jax.config import VisionConfig
 from cli_jax.fusion.dense_connector import POOL, DenseConnector, DenseConnectorConfig
@@ -108,13 +107,6 @@ def test_sums_on_the_way_are_sums_of_the_states(kind, scan_layers):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()))
 
 
-def everything(jaxpr):
-    for equation in jaxpr.eqns:
-        yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
-        for inner in jaxprs_in_params(equation.params):
-            yield from everything(inner)
-
-
 def test_means_keep_no_states():
     """Forward and backward: not the states of all layers, and not the sums after each of them."""
     m, batch = tiny.model(DCI, scan_layers=True, remat="full"), tiny.packed()
@@ -124,7 +116,7 @@ def test_means_keep_no_states():
     def total(params):
         return jnp.sum(m.apply({"params": params}, batch).hidden)
 
-    made = set(everything(jax.make_jaxpr(jax.grad(total))(tiny.redrawn(DCI)).jaxpr))
+    made = set(tiny.everything(jax.make_jaxpr(jax.grad(total))(tiny.redrawn(DCI)).jaxpr))
     assert (B, patches, 2 * V) in made  # the two means
     assert (n, B, patches, V) not in made
     assert (n, B, patches, 2 * V) not in made

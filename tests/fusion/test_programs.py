@@ -6,7 +6,6 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from cli_jax.fusion.cli import CLIConfig
 from cli_jax.fusion.layer_concat import LayerConcatConfig
@@ -83,30 +82,6 @@ def test_layers_without_injection_touch_no_bank(gradient):
     assert bank_lines(4, (0, 1, 2, 3), gradient=gradient) > few  # two more injections
 
 
-def test_no_scatter_into_visual_slots():
-    """Backward through plan, placement and gates gathers: nothing bank- or slot-shaped scatters."""
-    m, batch = tiny.model(CONFIG), tiny.packed()
-    params = tiny.redrawn(CONFIG)
-    hidden = jnp.zeros(tiny.hidden_shape(CONFIG))
-    h = jnp.zeros((*batch["input_ids"].shape, D))
-
-    def total(params, hidden, h):
-        _, each = m.apply({"params": params}, hidden, batch, h, method=tiny.fuse)
-        return sum(jnp.sum(after) + jnp.sum(W) for after, W in each)
-
-    traced = str(jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(params, hidden, h))
-    assert "scatter" not in traced
-    assert "gather" in traced
-
-
-def everything(jaxpr):
-    """Every array that a traced program makes, at any depth."""
-    for equation in jaxpr.eqns:
-        yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
-        for inner in jaxprs_in_params(equation.params):
-            yield from everything(inner)
-
-
 @pytest.mark.parametrize(
     ("config", "width", "kept"),
     [
@@ -127,5 +102,5 @@ def test_the_states_of_tapped_layers_are_not_kept(config, width, kept):
         return jnp.sum(m.apply({"params": params}, batch).hidden)
 
     traced = jax.make_jaxpr(jax.grad(total))(tiny.redrawn(config))
-    assert ((K, B, patches, V) in everything(traced.jaxpr)) == kept
-    assert (K, B, P, width) in everything(traced.jaxpr)
+    assert ((K, B, patches, V) in tiny.everything(traced.jaxpr)) == kept
+    assert (K, B, P, width) in tiny.everything(traced.jaxpr)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend.core import jaxprs_in_params
 
 from cli_jax.config import ComputeConfig, ModelConfig, TextConfig
 from cli_jax.fusion import registry
@@ -185,3 +186,11 @@ def forward(fusion, options=(), **compute):
         return jax.tree.map(np.asarray, compiled(params, batch))
 
     return on_host
+
+
+def everything(jaxpr):
+    """The shape of every array that a traced program makes, at any depth."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
+        for inner in jaxprs_in_params(equation.params):
+            yield from everything(inner)

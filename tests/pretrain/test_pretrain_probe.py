@@ -1,6 +1,8 @@
 """Probes: what is planted is read out, what is not there is not, and every place is its own."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -203,7 +205,8 @@ def workdir(tmp_path_factory):
 
 def test_pictures_are_used_for_one_thing_each(workdir):
     experiment = load(workdir)
-    found = read_pictures(experiment)
+    found, left_out = read_pictures(experiment)
+    assert left_out == 0
     file = RowFile(experiment.data.train[0].path)
     assert sorted(picture.path for picture in found) == sorted(
         file[i]["image"] for i in range(len(file))
@@ -245,9 +248,30 @@ def test_a_run_that_held_nothing_out_cannot_be_probed(workdir, tmp_path, capsys)
     assert "config.json does not exist" in capsys.readouterr().err
 
 
+def test_rows_that_training_skips_are_left_out_and_broken_pictures_named(workdir, tmp_path):
+    experiment = load(workdir)
+    (source,) = experiment.data.train
+    file = RowFile(source.path)
+    rows = [file[i] for i in range(len(file))]
+    root = source.image_root or str(Path(source.path).parent)
+    rows[0] = rows[0] | {"image": "gone.png"}
+    rows[1] = {key: value for key, value in rows[1].items() if key != "image"}
+    rows[2] = rows[2] | {"conversations": [{"from": "human", "value": "<image>\nHello?"}]}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    spoiled = dataclasses.replace(source, path=str(tmp_path / "rows.json"), image_root=root)
+    data = dataclasses.replace(experiment.data, train=(spoiled,))
+    found, left_out = read_pictures(dataclasses.replace(experiment, data=data))
+    assert (len(found), left_out) == (len(rows) - 3, 3)
+    whole = (Path(found[0].root) / found[0].path).read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) * 2 // 3])
+    half = dataclasses.replace(found[0], root=str(tmp_path), path="half.png")
+    with pytest.raises(ProbeError, match=r"half\.png cannot be decoded .*remove its row"):
+        read_tiles(half, experiment, (24, 8))
+
+
 def test_pictures_of_several_sizes_are_refused(workdir, tmp_path):
     experiment = load(workdir)
-    found = read_pictures(experiment)
+    found, _ = read_pictures(experiment)
     image = open_image(found[0].root, found[0].path, 10**6)
     image.resize((30, 10)).save(tmp_path / "large.png")
     other = dataclasses.replace(found[0], root=str(tmp_path), path="large.png")

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,8 +45,7 @@ def test_a_finished_run_has_nothing_left_to_do(go, tmp_path):
     again, calls = go(tmp_path)
     assert calls == []
     assert again.complete
-    for a, b in zip(*map(jax.tree.leaves, (result.state, again.state)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(result.state, again.state)
 
 
 def test_metrics_are_logged_every_few_updates_and_at_the_end(go, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -107,9 +108,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(copied, go, setup, strai
     checkpoints = Checkpoints(workdir, setup.experiment.checkpoint)
     restored = checkpoints.restore(setup.state, train_tiny.Data(setup.experiment), setup.experiment)
     checkpoints.close()
-    pair = (load_params(workdir), restored.params)
-    for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(load_params(workdir), restored.params)
     result, updates = go(workdir)
     assert updates == list(range(step + 1, 8))
     assert result.complete

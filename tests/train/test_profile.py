@@ -7,15 +7,26 @@ from cli_jax.train import profile
 
 
 def test_chosen_updates_are_traced(go, tmp_path, monkeypatch):
-    calls = []
-    stop = profile.jax.profiler.stop_trace
-    monkeypatch.setattr(profile.jax.profiler, "stop_trace", lambda: (calls.append("stop"), stop()))
-    _, updates = go(tmp_path, log=LogConfig(profile="2:4"))
-    assert updates == list(range(1, 8))
+    events = []
+
+    def noted(name):
+        honest = getattr(profile.jax.profiler, name)
+        monkeypatch.setattr(
+            profile.jax.profiler, name, lambda *args: (events.append(name), honest(*args))
+        )
+
+    def around(step, state):
+        events.append(step)
+        return state
+
+    noted("start_trace")
+    noted("stop_trace")
+    go(tmp_path, around=around, log=LogConfig(profile="2:4"))
+    # A checkpoint is saved after update 3, so that it is finished before update 4 begins.
+    assert events == [1, "start_trace", 2, 3, "stop_trace", 4, 5, 6, 7]
     (trace,) = (tmp_path / profile.FOLDER).rglob("*.xplane.pb")
     content = trace.read_bytes()
     assert b"update" in content
-    assert calls == ["stop"]
 
 
 def test_nothing_is_traced_unless_asked_for(go, tmp_path):

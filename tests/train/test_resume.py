@@ -5,6 +5,7 @@ import json
 import signal
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -111,5 +112,4 @@ def test_eight_devices_give_the_numbers_of_one(child, setup, update, state, tmp_
     restored = checkpoints.restore(setup.state, train_tiny.Data(setup.experiment), setup.experiment)
     checkpoints.close()
     assert int(restored.step) == 3
-    for a, b in zip(*map(jax.tree.leaves, (params, restored.params)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(params, restored.params)

@@ -46,14 +46,14 @@ def reference(setup, initial):
     return batch, grads_of(setup, initial.params, batch)
 
 
-def with_changes(setup, **changes):
+def with_changes(**changes):
     return make_setup(train_tiny.experiment(**changes))
 
 
 def test_accumulation_equals_one_big_batch(setup, initial, reference):
     """With microbatches of very different numbers of labeled tokens, empty ones included."""
     batch, (grads, sums) = reference
-    cut = with_changes(setup, optimizer={"accumulate": 4})
+    cut = with_changes(optimizer={"accumulate": 4})
     cut_grads, cut_sums = grads_of(cut, initial.params, batch)
     assert_close(grads, cut_grads)
     for a, b in zip(sums, cut_sums, strict=True):
@@ -62,7 +62,7 @@ def test_accumulation_equals_one_big_batch(setup, initial, reference):
 
 def test_chunked_loss_has_the_same_gradients(setup, initial, reference):
     batch, (grads, _) = reference
-    chunked = with_changes(setup, compute={"loss_chunk": 7})
+    chunked = with_changes(compute={"loss_chunk": 7})
     assert_close(grads, grads_of(chunked, initial.params, batch)[0])
 
 
