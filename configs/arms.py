@@ -38,9 +38,9 @@ def best_single_layer(*candidates: str) -> dict[str, Any]:
 
 
 def stage1(steps: int, lr: float) -> dict[str, Any]:
-    """The first stage of every arm: it trains all between tower and decoder, and the newline."""
+    """The first stage of every arm: it trains what lies between tower and decoder, or beside it."""
     # One pattern, since one that matches nothing is refused and `none` has no `fusion/`.
-    pattern = f"{common.CONNECTOR}|image_newline"
+    pattern = f"{common.CONNECTOR}|{common.ROUTING}|image_newline"
     return {"steps": steps, "changes": {"optimizer": {"groups": common.train_only(pattern, lr=lr)}}}
 
 
