@@ -10,8 +10,8 @@ layer. `dpvr`: layers 0 and 1 see all tokens, layer 2 text, layer 3 both; unlike
 everything is trained. Strategies that cannot use the projector of `none` learn theirs anew.
 
 Hardware: 1 CPU core.
-Time: not measured; at the speed of compare_meter_trained.py about 4.5 hours for the 63 runs.
-Expected result: not run yet.
+Time: not measured; at the speed of compare_meter_trained.py about 5 hours for the 63 runs.
+Expected result: under way (docs/results.md).
 """
 
 from ml_collections import ConfigDict
