@@ -13,7 +13,7 @@ the same updates. Without the alignment, at the same number of updates:
 All arms start from one model, so its luck is in all of them and not in the intervals.
 
 Hardware: 1 CPU core.
-Time: 72 minutes for the 15 runs, beside other work (2026-11-22).
+Time: 69 minutes for the 15 runs, beside other work (2026-11-22).
 Expected result: cli - none on val_seen +0.9 points [-0.9, +2.7], sli +1.7 [-0.1, +3.6], layer 1
 alone +7.3 [+4.8, +9.9] (docs/results.md).
 """
