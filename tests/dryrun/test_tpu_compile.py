@@ -125,6 +125,7 @@ def test_inputs_of_layers_can_wait_in_the_hosts_memory(topology):
     assert any(shape.endswith(f",{TILES},729,{V}") for shape in host)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_and_two_slices_compile():
     """The decoder's attention runs split over heads; only `data` crosses between slices."""
     mesh = dataclasses.replace(shrunken().mesh, data=1, fsdp=2, tensor=2)

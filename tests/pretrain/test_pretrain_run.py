@@ -128,7 +128,8 @@ def test_a_model_takes_the_tower_and_nothing_else(workdir, experiment):
     pretrained = flatten(load_params(workdir))
     tower = {path for path in pretrained if path.startswith("vision_tower/")}
     assert set(loaded) == tower
-    assert f"{len(tower)} arrays from {workdir}\nnew: " in sentence
+    assert f"{len(tower)} arrays from {workdir}\nnot used: " in sentence
+    assert "text_tower/" in sentence.split("new: ")[0]
     for part in ("language_model/embed_tokens", "multi_modal_projector/linear_1", "lm_head"):
         assert f"{part}/" in sentence
     started = flatten(init_state(setup, loaded).params)

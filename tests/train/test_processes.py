@@ -127,7 +127,7 @@ def test_data_of_which_each_process_has_its_own_is_refused_in_one_line(copied, s
     assert saved(workdir) == [step]
 
 
-@pytest.mark.parametrize("item", ["params", "data"])
+@pytest.mark.parametrize("item", ["params", pytest.param("data", marks=pytest.mark.slow)])
 def test_damage_that_one_process_finds_is_agreed_on(launch, copied, straight, item):
     workdir, step = copied
     damaged = workdir / FOLDER / str(step + 1)
