@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cli_jax.parallel import processes
@@ -80,7 +81,9 @@ def run_together(
         for variables in environments(count, cache, devices)
     ]
     try:
-        outputs = [child.communicate(timeout=LIMIT) for child in children]
+        # All at once: one whose pipe is full would wait, and the others for it.
+        with ThreadPoolExecutor(count) as readers:
+            outputs = list(readers.map(lambda child: child.communicate(timeout=LIMIT), children))
     finally:
         for child in children:
             child.kill()
