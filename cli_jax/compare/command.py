@@ -151,7 +151,8 @@ def _check_setups(comparison: Comparison, folder: Path) -> None:
     for encoder in settings.encoders:
         run = Run(encoder.name, settings.fractions[0], settings.seeds[0], settings.baseline)
         load_initial(make_setup(stages(comparison, folder, run)[0][1]))
-    for arm in settings.arms if comparison.base.init_from else ():
+    others = [arm for arm in settings.arms if arm.name != settings.baseline]
+    for arm in others if comparison.base.init_from else ():
         run = Run(settings.encoders[0].name, settings.fractions[0], settings.seeds[0], arm.name)
         try:
             load_initial(make_setup(stages(comparison, folder, run)[0][1]))

@@ -116,19 +116,24 @@ def _from_workdir(
     if unused := [path for path in stored if path not in wanted]:
         notes += (f"not used: {', '.join(unused)}",)
     common = {path: leaf for path, leaf in wanted.items() if path in stored}
-    return _read("init_from", workdir, experiment, common), notes
+    return _read("init_from", workdir, experiment, stored, common), notes
 
 
 def _tower_from_workdir(workdir: str, experiment: Experiment, tower: dict[str, Any]) -> Leaves:
     stored = stored_arrays(workdir)
     if missing := [path for path in tower if path not in stored]:
         raise CheckpointError(f"config.tower_from={workdir} lacks {', '.join(missing[:3])}")
-    return _read("tower_from", workdir, experiment, tower)
+    return _read("tower_from", workdir, experiment, stored, tower)
 
 
-def _read(setting: str, workdir: str, experiment: Experiment, wanted: dict[str, Any]) -> Leaves:
+def _read(
+    setting: str,
+    workdir: str,
+    experiment: Experiment,
+    stored: dict[str, tuple[int, ...]],
+    wanted: dict[str, Any],
+) -> Leaves:
     """Reads `wanted` from a workdir; CheckpointError lists what is of another shape or meaning."""
-    stored = stored_arrays(workdir)
     wrong = [
         f"{path}: {stored[path]} there, {leaf.shape} here"
         for path, leaf in wanted.items()

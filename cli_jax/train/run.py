@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
@@ -95,18 +96,17 @@ def _check_eval(experiment: Experiment) -> None:
         raise ConfigError(f"config.eval.path={path} does not exist; empty means no evaluation")
 
 
+def _asked(setup: Setup, params: Params, workdir: str) -> tuple[Any, ...]:
+    """The model, the evaluation's questions and where to write, as `evaluate` and gates take it."""
+    experiment = setup.experiment
+    questions = experiment.eval.path, experiment.eval.image_root
+    return setup.model, params, experiment, *questions, workdir
+
+
 def _evaluate(setup: Setup, params: Params, workdir: str, step: int) -> None:
     settings = setup.experiment.eval
     with setup.context():
-        scores = evaluate(
-            setup.model,
-            params,
-            setup.experiment,
-            settings.path,
-            settings.image_root,
-            workdir,
-            step=step,
-        )
+        scores = evaluate(*_asked(setup, params, workdir), step=step)
     overall = scores["overall"]
     say(
         f"exact match {overall['exact_match']:.1%} of {overall['n']} questions of {settings.path} "
@@ -128,14 +128,6 @@ def _draw(setup: Setup, params: Params, workdir: str) -> None:
     if settings.path and registry.of(model).gated_taps(model.fusion, model.vision):
         try:
             with setup.context():
-                gates.analyze_gates(
-                    setup.model,
-                    params,
-                    setup.experiment,
-                    settings.path,
-                    settings.image_root,
-                    workdir,
-                    limit=settings.limit,
-                )
+                gates.analyze_gates(*_asked(setup, params, workdir), limit=settings.limit)
         except AnalysisError as error:  # e.g. questions without pictures
             say(f"no picture of the gates: {error}")
