@@ -72,8 +72,9 @@ can be changed with --config.section.name=value.
 
 Before the first run everything is fixed in OUTPUT/protocol.json; under another config, or with
 other data, the folder is refused. Stopped with Ctrl-C or killed, the same command goes on where it
-was: finished runs are left alone, an unfinished one resumes from its checkpoint. Each run's own
-output is in its folder's log.txt.
+was: finished runs are left alone, an unfinished one resumes from its checkpoint. Started several
+times, e.g. once per core (taskset -c N) or GPU (CUDA_VISIBLE_DEVICES=N), the processes share the
+runs, and the last one to end reports all. Each run's own output is in its folder's log.txt.
 """
 
 

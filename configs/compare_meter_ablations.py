@@ -1,16 +1,20 @@
 r"""What limits CLI on the photographed meters: `cli` with one thing changed, and other strategies.
 
-    python analyze.py compare --config configs/compare_meter_ablations.py --output runs/ablations \
-        --config.data.root=DATA
+    for CORE in 0 1; do
+        taskset -c $CORE python analyze.py compare --config configs/compare_meter_ablations.py \
+            --output runs/ablations --config.data.root=DATA &
+    done; wait
 
-Everything else is that of compare_meter_trained.py: all arms start from one trained `none`, get 100
-updates of what lies between tower and decoder and 400 of everything but the tower. `cli_slow`:
-gates at a tenth of the rate. `adapter`: as many new parameters as `cli`, which see no other vision
-layer. `dpvr`: layers 0 and 1 see all tokens, layer 2 text, layer 3 both; unlike in the paper
-everything is trained. Strategies that cannot use the projector of `none` learn theirs anew.
+Everything else but the number of seeds is that of compare_meter_trained.py: all arms start from one
+trained `none`, get 100 updates of what lies between tower and decoder and 400 of everything but the
+tower. `cli_slow`: gates at a tenth of the rate. `sli_1`: layer 1 through an MLP of its own, added
+to the input without a gate, the most that a tap on layer 1 at decoder layer 0 could be. `adapter`:
+as many new parameters as `cli`, which see no other vision layer. `dpvr`: layers 0 and 1 see all
+tokens, layer 2 text, layer 3 both; unlike in the paper everything is trained. Strategies that
+cannot use the projector of `none` learn theirs anew.
 
-Hardware: 1 CPU core.
-Time: not measured; at the speed of compare_meter_trained.py about 5 hours for the 63 runs.
+Hardware: 2 CPU cores, a process on each.
+Time: not measured; at the speed of compare_meter_trained.py under 2 hours for the 44 runs.
 Expected result: under way (docs/results.md).
 """
 
@@ -29,10 +33,12 @@ def get_config() -> ConfigDict:
         arms=(
             *arms.ablations(),
             arms.arm("cli_slow", "cli", optimizer=slow),
+            arms.arm("sli_1", "sli", settings={"taps": (1,)}),
             arms.arm("adapter", "adapter", settings={"inject": "all", "rank": 13}),
             arms.arm("dense_connector", "dense_connector"),
             arms.arm("mmfuser", "mmfuser"),
             arms.arm("dpvr", "none", routing={"name": "dpvr", "saturation": 2}),
         ),
+        seeds=(0, 1),
     )
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from etils import epath
 from cli_jax import demo
 from cli_jax.analysis.plots import require_matplotlib
 from cli_jax.compare import protocol, splits
+from cli_jax.compare.claims import claim, claimed, in_turn
 from cli_jax.compare.config import HELD_OUT, Comparison, from_config
 from cli_jax.compare.progress import Progress
 from cli_jax.compare.report import report
@@ -36,23 +38,25 @@ from cli_jax.train.checkpoint import CheckpointError
 from cli_jax.train.initial import load_initial
 from cli_jax.train.loop import TrainingError
 from cli_jax.train.setup import make_setup
-from cli_jax.train.workdir import alone
 
 
 def compare(config: Mapping[str, Any], output: str | Path) -> list[Path]:
     """Runs what is not finished yet of a comparison in `output`; returns the report's files.
 
-    Raises ConfigError if the folder was begun with another config, and KeyboardInterrupt when
-    stopped, after saving: the same call goes on from there.
+    Several processes may do so at once: each run is done by one of them, and the last one to end
+    reports them all. Raises ConfigError if the folder was begun with another config, and
+    KeyboardInterrupt when stopped, after saving: the same call goes on from there.
     """
     require_matplotlib()
     folder = Path(writable_folder(output)).absolute()
-    with alone(folder):
-        _compare(from_config(config, folder), folder)
-    return report(folder)
+    comparison = from_config(config, folder)
+    with in_turn(folder):
+        _fix(comparison, folder)
+    _run_all(comparison, folder)
+    return redraw(folder)
 
 
-def _compare(comparison: Comparison, folder: Path) -> None:
+def _fix(comparison: Comparison, folder: Path) -> None:
     if demo.prepare(comparison.base.data):
         print(f"made the data set {comparison.base.data.prepare!r} in {comparison.base.data.root}")
     cut = splits.cut(comparison)
@@ -61,32 +65,41 @@ def _compare(comparison: Comparison, folder: Path) -> None:
     fixed = protocol.fix(comparison, cut.report, folder)
     splits.write(cut, folder)
     print(f"protocol {fixed['hash'][:12]} in {folder / protocol.FILE}")
-    _run_all(comparison, folder)
 
 
 def redraw(output: str | Path) -> list[Path]:
     """The report of what is there so far; trains and asks nothing."""
     require_matplotlib()
-    return report(Path(output).absolute())
+    folder = Path(output).absolute()
+    protocol.read(folder)  # before a lock is left in some other folder
+    with in_turn(folder):
+        return report(folder)
 
 
 def _run_all(comparison: Comparison, folder: Path) -> None:
     settings = comparison.settings
-    runs = plan(settings)
     steps = settings.stage1.steps + settings.stage2.steps
-    finished = sum(_finished_updates(comparison, folder, run) for run in runs)
-    with Progress(steps * len(runs), finished) as progress:
-        for number, run in enumerate(runs, start=1):
-            progress.begin(str(run))
+    runs = plan(settings)
+    finished = {run: _finished_updates(comparison, folder, run) for run in runs}
+    with (
+        Progress(steps * len(runs), sum(finished.values())) as progress,
+        contextlib.closing(claimed(runs, folder)) as mine,
+    ):
+        for run in mine:
+            name = f"run {runs.index(run) + 1}/{len(runs)}: {run}"
+            progress.begin(name)
+            progress.elsewhere(_finished_updates(comparison, folder, run) - finished.pop(run))
             failed = run.folder(folder) / FAILED
             if not failed.is_file():
                 try:
-                    _run(comparison, folder, run, f"run {number}/{len(runs)}: {run}", progress)
+                    _run(comparison, folder, run, name, progress)
                 except TrainingError as error:  # it diverged, which says something about its arm
                     write_results(epath.Path(failed), {"run": str(run), "error": str(error)})
             if failed.is_file():
                 progress.fail(steps - _finished_updates(comparison, folder, run))
                 progress.say(f"{run} FAILED, see {failed}: remove it to try again")
+        for run in finished:
+            progress.say(f"another process is at {run}: the last one to end reports all runs")
         for encoder in settings.encoders:
             for fraction in settings.fractions:
                 for choice in choose(comparison, folder, encoder.name, fraction):
@@ -94,7 +107,9 @@ def _run_all(comparison: Comparison, folder: Path) -> None:
                     for seed in settings.seeds:
                         run = Run(encoder.name, fraction, seed, choice.arm)
                         progress.begin(f"asking {run}")
-                        answer(comparison, folder, run, list(comparison.eval_files))
+                        with claim(run, folder) as free:
+                            if free:
+                                answer(comparison, folder, run, list(comparison.eval_files))
 
 
 def _run(comparison: Comparison, folder: Path, run: Run, what: str, progress: Progress) -> None:

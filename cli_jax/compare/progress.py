@@ -48,6 +48,10 @@ class Progress:
         self._bar.update(step - self._step)
         self._step = step
 
+    def elsewhere(self, updates: int) -> None:
+        """Takes note of what another process has done since: the time left is that of all."""
+        self._bar.update(updates)
+
     def fail(self, unfinished: int) -> None:
         """Takes note that the current run has failed: of the updates of its unfinished stages only
         those of the current one that were done before will ever be done."""

@@ -1,5 +1,6 @@
 """A whole comparison on a tiny set: fairness, resumption, refusals, and what is left."""
 
+import contextlib
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 from compare_tiny import config
 
 from cli_jax.compare import runs
+from cli_jax.compare.claims import claim, claimed
 from cli_jax.compare.command import compare, redraw
 from cli_jax.compare.config import HELD_OUT
 from cli_jax.compare.progress import Progress
@@ -18,7 +20,6 @@ from cli_jax.hf.error import ConversionError
 from cli_jax.train.checkpoint import load_params, stored_arrays
 from cli_jax.train.loop import TrainingError
 from cli_jax.train.state import flatten
-from cli_jax.train.workdir import WorkdirError, alone
 
 ARMS, SEEDS = ("none", "cli", "layer_1"), (0, 1)
 
@@ -147,9 +148,42 @@ def test_finished_runs_are_left_alone(finished, data, tmp_path, monkeypatch):
     assert comparable(finished.folder) == before
 
 
-def test_a_folder_in_use_is_refused(finished, data):
-    with alone(finished.folder), pytest.raises(WorkdirError, match=r"out.*/whole is in use by"):
-        compare(config(data), finished.folder)
+def test_processes_share_the_runs(finished, data, tmp_path, capsys):
+    """What another process is at is left to it; the last one to end reports everything."""
+    settings = config(data, seeds=[0])
+    theirs = Run("random", 1.0, 0, "none")
+    with claim(theirs, tmp_path) as free:
+        assert free
+        compare(settings, tmp_path)
+    assert "another process is at none, seed 0" in capsys.readouterr().out
+    assert {path.name for path in theirs.folder(tmp_path).iterdir()} == {".lock"}
+    (cell,) = comparable(tmp_path)["cells"]
+    assert [row["label"] for row in cell["rows"]] == ["cli"]
+    assert cell["unfinished"] == ["none", "best layer"]
+    compare(settings, tmp_path)
+    assert "another process" not in capsys.readouterr().out
+    (cell,) = comparable(tmp_path)["cells"]
+    assert cell["unfinished"] == []
+    assert len(cell["selections"]) == 1
+    for arm in ARMS:
+        a, b = (flatten(load_params(workdir(each, arm, 0))) for each in (tmp_path, finished.folder))
+        for path, leaf in a.items():
+            np.testing.assert_array_equal(leaf, b[path], err_msg=f"{arm} {path}")
+
+
+def test_runs_that_others_are_at_are_tried_again_while_there_is_other_work(tmp_path):
+    first, second = (Run("random", 1.0, 0, arm) for arm in ("none", "cli"))
+    with contextlib.ExitStack() as other:
+        other.enter_context(claim(first, tmp_path))
+        with contextlib.closing(claimed([first, second], tmp_path)) as mine:
+            assert next(mine) == second
+            with claim(second, tmp_path) as free:
+                assert not free
+            other.close()  # the other process was killed
+            assert next(mine) == first
+            assert next(mine, None) is None
+    with claim(first, tmp_path) as free:
+        assert free
 
 
 def test_an_encoder_that_is_missing_does_not_become_part_of_a_protocol(data, tmp_path):
@@ -200,6 +234,8 @@ def test_the_bar_counts_what_is_done_and_what_never_will_be():
             progress.done(step)
         progress.fail(6)
         assert (progress._bar.n, progress._bar.total) == (12, 20)
+        progress.elsewhere(6)
+        assert (progress._bar.n, progress._bar.initial) == (18, 8)  # counts for the time left
 
 
 def test_a_changed_config_or_file_is_refused(finished, data, tmp_path):
