@@ -1,17 +1,16 @@
 r"""What limits CLI on the photographed meters: `cli` with one thing changed, and other strategies.
 
-    for CORE in 0 1; do
-        taskset -c $CORE python analyze.py compare --config configs/compare_meter_ablations.py \
-            --output runs/ablations --config.data.root=DATA &
-    done; wait
+    python analyze.py compare --config configs/compare_meter_ablations.py --output runs/ablations \
+        --config.data.root=DATA
 
-Everything else but the number of seeds is that of compare_meter_trained.py: all arms start from one
-trained `none`, get 100 updates of what lies between tower and decoder and 400 of everything but the
-tower. `cli_slow`: gates at a tenth of the rate. `sli_1`: layer 1 through an MLP of its own, added
-to the input without a gate, the most that a tap on layer 1 at decoder layer 0 could be. `adapter`:
-as many new parameters as `cli`, which see no other vision layer. `dpvr`: layers 0 and 1 see all
-tokens, layer 2 text, layer 3 both; unlike in the paper everything is trained. Strategies that
-cannot use the projector of `none` learn theirs anew.
+Started once per core (`taskset -c 0 python ... & taskset -c 1 python ... & wait`), the processes
+share the runs. Everything else but the number of seeds is that of compare_meter_trained.py: all
+arms start from one trained `none`, get 100 updates of what lies between tower and decoder and 400
+of everything but the tower. `cli_slow`: gates at a tenth of the rate. `sli_1`: layer 1 through an
+MLP of its own, added to the input without a gate, the most that a tap on layer 1 at decoder layer 0
+could be. `adapter`: as many new parameters as `cli`, which see no other vision layer. `dpvr`:
+layers 0 and 1 see all tokens, layer 2 text, layer 3 both; unlike in the paper everything is
+trained. Strategies that cannot use the projector of `none` learn theirs anew.
 
 Hardware: 2 CPU cores, a process on each.
 Time: not measured; at the speed of compare_meter_trained.py under 2 hours for the 44 runs.

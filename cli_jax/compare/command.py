@@ -80,15 +80,16 @@ def _run_all(comparison: Comparison, folder: Path) -> None:
     settings = comparison.settings
     steps = settings.stage1.steps + settings.stage2.steps
     runs = plan(settings)
-    finished = {run: _finished_updates(comparison, folder, run) for run in runs}
+    others = list(runs)
     with (
-        Progress(steps * len(runs), sum(finished.values())) as progress,
+        Progress(steps * len(runs), _finished_updates(comparison, folder, *runs)) as progress,
         contextlib.closing(claimed(runs, folder)) as mine,
     ):
         for run in mine:
             name = f"run {runs.index(run) + 1}/{len(runs)}: {run}"
             progress.begin(name)
-            progress.elsewhere(_finished_updates(comparison, folder, run) - finished.pop(run))
+            progress.reached(_finished_updates(comparison, folder, *runs))
+            others.remove(run)
             failed = run.folder(folder) / FAILED
             if not failed.is_file():
                 try:
@@ -98,7 +99,7 @@ def _run_all(comparison: Comparison, folder: Path) -> None:
             if failed.is_file():
                 progress.fail(steps - _finished_updates(comparison, folder, run))
                 progress.say(f"{run} FAILED, see {failed}: remove it to try again")
-        for run in finished:
+        for run in others:
             progress.say(f"another process is at {run}: the last one to end reports all runs")
         for encoder in settings.encoders:
             for fraction in settings.fractions:
@@ -139,10 +140,11 @@ def _run(comparison: Comparison, folder: Path, run: Run, what: str, progress: Pr
         progress.say(f"{run}: " + ", ".join(f"{name} {score:.1%}" for name, score in scores))
 
 
-def _finished_updates(comparison: Comparison, folder: Path, run: Run) -> int:
-    """Updates of a run's finished stages."""
+def _finished_updates(comparison: Comparison, folder: Path, *runs: Run) -> int:
+    """Updates of the runs' finished stages."""
     return sum(
         experiment.total_steps
+        for run in runs
         for workdir, experiment in stages(comparison, folder, run)
         if is_trained(workdir, experiment)
     )

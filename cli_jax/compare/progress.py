@@ -48,9 +48,9 @@ class Progress:
         self._bar.update(step - self._step)
         self._step = step
 
-    def elsewhere(self, updates: int) -> None:
-        """Takes note of what another process has done since: the time left is that of all."""
-        self._bar.update(updates)
+    def reached(self, updates: int) -> None:
+        """Takes note of the finished updates of all processes: the time left is that of all."""
+        self._bar.update(max(0, updates - int(self._bar.n)))
 
     def fail(self, unfinished: int) -> None:
         """Takes note that the current run has failed: of the updates of its unfinished stages only
