@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def accuracy_bars(rows: Sequence[Json], name: str, baseline: str, path: Path) ->
     for at, high, mean in zip(y, spans[1], means, strict=True):
         left.text(high + 1, at, f"{mean:.1f}", va="center", fontsize=8)
     left.set_yticks(y, labels)
+    left.set_ylim(-0.7, len(rows) - 0.3)
     left.set_xlim(0, max(10.0, spans[1].max() * 1.15))
     left.set_xlabel(f"{name}: accuracy, %")
     left.set_title("95% interval; ticks: seeds", fontsize=8, color="0.35")
@@ -131,7 +133,8 @@ def learning_curves(curves: Sequence[Curves], path: Path) -> None:
     """Training loss by stage and, where there is one, the held-out curve; a color per row."""
     panels = [s for s in ("stage1", "stage2") if any(c.losses[s] for c in curves)]
     panels += ["held out"] * any(c.held_out for c in curves)
-    drawn = new_figure(max(5.0, 3.6 * len(panels)) + 1.6, 3.4)
+    columns = math.ceil(len(curves) / 16)  # of the legend: more names than that are higher than it
+    drawn = new_figure(max(5.0, 3.6 * len(panels)) + 1.6 * columns, 3.4)
     colors = _colors(len(curves))
     for axes, panel in zip(np.ravel(drawn.subplots(1, len(panels))), panels, strict=True):
         for color, each in zip(colors, curves, strict=True):
@@ -140,11 +143,14 @@ def learning_curves(curves: Sequence[Curves], path: Path) -> None:
         axes.set_title(panel.replace("stage", "stage "), fontsize=9)
         axes.set_xlabel("update")
         axes.set_ylabel("accuracy, %" if panel == "held out" else "loss (nats per token)")
-        axes.set_ylim(bottom=0)
+        if panel != "held out":
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    drawn.legend(
+        handles, labels, loc="outside right upper", frameon=False, fontsize=8, ncols=columns
+    )
     save(drawn, epath.Path(path))
 
 
@@ -202,5 +208,5 @@ def _colors(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     if count > 20:  # no list has so many: neighbors look alike, but no two are the same
-        return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
+        return [colormaps["turbo"](0.05 + 0.9 * i / (count - 1)) for i in range(count)]
     return [colormaps["tab10" if count <= 10 else "tab20"](i) for i in range(count)]

@@ -222,6 +222,23 @@ def test_several_fractions_are_drawn_over_each_other(folder, monkeypatch):
     assert "](figures/random_1/fractions_val.png)" in text
 
 
+def test_every_arm_is_in_the_legend_of_many(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    losses = {"stage1": [{1: 2.0, 2: 1.0}], "stage2": [{1: 1.0, 2: 0.5}]}
+    arms = [plots.Curves(f"arm_{i}", losses, [{2: 50.0}]) for i in range(40)]
+    plots.learning_curves(arms, tmp_path / "curves.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [each.label for each in arms]
+    box = legend.get_window_extent()
+    assert box.y0 >= 0
+    assert box.y1 <= figure.bbox.height
+    assert box.x1 <= figure.bbox.width
+    assert all(axes.bbox.width > 200 and axes.bbox.x1 <= box.x0 for axes in figure.axes)
+
+
 def test_answers_to_other_questions_are_refused(folder):
     path = Run("random", 1.0, 0, "cli").workdir(folder) / "predictions_val.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]))
