@@ -11,7 +11,8 @@ unseen are others.
 What each setting means: cli_jax/compare/config.py.
 
 Hardware: 1 CPU core.
-Time: 4.6 hours for the 54 runs, beside other work on the machine (2026-11-22).
+Time: 4.6 hours for the 54 runs, beside other work on the machine (2026-11-22). Started on each of
+two cores, as compare_meter_ablations.py was, it should need about half (not measured).
 Expected result: no gain of cli: cli - none on val_seen -0.5 points [-3.1, +2.1], cli - best single
 layer -5.3 [-11.9, +1.9]; early layers help: sli +3.2 and +3.3 (docs/results.md).
 """
