@@ -14,8 +14,9 @@ Everything but arms and seeds is that of compare_meter_ablations.py, which left 
   and their sum are tried on seeds that had no part in the choice.
 
 Hardware: 2 CPU cores, a process on each.
-Time: not measured; at the speed of compare_meter_ablations.py 40 minutes for the 18 runs.
-Expected result: under way (docs/results.md).
+Time: 33 minutes for the 18 runs (2026-11-22).
+Expected result: on val_seen cli_per_pair - cli +0.4 points [-1.0, +1.8], cli_prompt - cli +0.2
+[-0.7, +1.2], sli_1 - tap_1 +0.0 [-1.4, +1.5], tap_1 - none +2.3 [+0.3, +4.3] (docs/results.md).
 """
 
 from ml_collections import ConfigDict
