@@ -140,7 +140,8 @@ def _main_table(results: Json, rows: Sequence[Json]) -> str:
     body = []
     for row in rows:
         seeds = len(row["seeds"])
-        line = [row["label"] + (f" ({seeds} seeds)" if seeds < len(results["seeds"]) else "")]
+        of = len(results["seeds"])
+        line = [row["label"] + (f" ({seeds} of {of} seeds)" if seeds < of else "")]
         for name in names:
             line += [_mean(row["sets"][name]), _difference(row["sets"][name]["difference"])]
         line += [_mean(row["held_out"])] * has_held_out

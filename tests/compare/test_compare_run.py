@@ -307,7 +307,7 @@ def test_report_only_redraws_what_is_there(finished, tmp_path):
     assert cell["unfinished"] == ["cli"]
     text = (folder / "results.md").read_text()
     assert "Not finished: cli" in text
-    assert "cli (1 seeds)" in text
+    assert "cli (1 of 2 seeds)" in text
     edited = json.loads((folder / "protocol.json").read_text())
     edited["config"]["compare"]["seeds"] = [0]
     (folder / "protocol.json").write_text(json.dumps(edited))
