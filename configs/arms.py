@@ -44,6 +44,11 @@ def stage1(steps: int, lr: float) -> dict[str, Any]:
     return {"steps": steps, "changes": {"optimizer": {"groups": common.train_only(pattern, lr=lr)}}}
 
 
+def gates_at(lr: float) -> dict[str, Any]:
+    """The optimizer of an arm of `cli` whose gates learn at a rate of their own; frozen tower."""
+    return {"groups": (common.group(common.GATES, lr), common.group(common.VISION_TOWER, None))}
+
+
 def ablations() -> tuple[Arm, ...]:
     """`none`, `cli` as in the headline, and `cli` with one thing changed at a time."""
 

@@ -15,6 +15,7 @@ from cli_jax.fusion.registry import STRATEGIES
 
 VISION_TOWER = "vision_tower/.*"
 CONNECTOR = "(multi_modal_projector|fusion)/.*"  # all between tower and decoder
+GATES = "fusion/agf/.*"  # AGF of `cli`
 FUSION = "fusion/.*"  # what a strategy adds: AMP and AGF for `cli`
 ROUTING = "routing/.*"  # what a routing adds: the side branch of `dpvr`
 EVERYTHING = ".*"

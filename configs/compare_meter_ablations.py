@@ -20,19 +20,17 @@ of their own per vision layer +2.3 [+0.6, +4.0], sli_1 +4.2 [+1.9, +6.6] (docs/r
 
 from ml_collections import ConfigDict
 
-from configs import arms, common, compare_meter_trained
+from configs import arms, compare_meter_trained
 
 
 def get_config() -> ConfigDict:
     config = compare_meter_trained.get_config()
     config.name = "compare_meter_ablations"
     config.data.text_per_row = config.data.row_length - config.data.visual_per_row  # for dpvr
-    frozen = common.group(common.VISION_TOWER, None)
-    slow = {"groups": (common.group("fusion/agf/.*", 1e-4), frozen)}
     config.compare.update(
         arms=(
             *arms.ablations(),
-            arms.arm("cli_slow", "cli", optimizer=slow),
+            arms.arm("cli_slow", "cli", optimizer=arms.gates_at(1e-4)),
             arms.arm("sli_1", "sli", settings={"taps": (1,)}),
             arms.arm("adapter", "adapter", settings={"inject": "all", "rank": 13}),
             arms.arm("dense_connector", "dense_connector"),

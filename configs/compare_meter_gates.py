@@ -20,15 +20,14 @@ from ml_collections import ConfigDict
 
 from configs import arms, common, compare_meter_limits
 
-ALL_BUT_GATES = r"multi_modal_projector/.*|fusion/(?!agf).*|image_newline"
+# One pattern, as that of arms.stage1, since one that matches nothing is refused.
+ALL_BUT_GATES = f"(?!{common.GATES})({common.CONNECTOR}|image_newline)"
 
 
 def get_config() -> ConfigDict:
     config = compare_meter_limits.get_config()
     config.name = "compare_meter_gates"
-    fast = {
-        "groups": (common.group("fusion/agf/.*", 1e-2), common.group(common.VISION_TOWER, None))
-    }
+    fast = arms.gates_at(1e-2)
     tap_1 = {"taps": (1,), "inject": (0,)}
     config.compare.update(
         arms=(
