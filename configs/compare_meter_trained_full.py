@@ -1,7 +1,7 @@
 r"""Photographed meters, where the last layer has lost detail: fusion added to a trained `none`.
 
-    python analyze.py compare --config configs/compare_meter_full.py --output runs/trained_full \
-        --config.data.root=DATA
+    python analyze.py compare --config configs/compare_meter_trained_full.py \
+        --output runs/trained_full --config.data.root=DATA
 
 Everything but tower and arms is that of compare_meter_trained.py. `full` (pretrain_meter.py) is the
 one tower of docs/results.md of which the last layer gives less than an earlier one, as the paper
@@ -24,7 +24,7 @@ from configs import arms, compare_meter, compare_meter_trained
 
 def get_config() -> ConfigDict:
     config = compare_meter_trained.get_config()
-    config.name = "compare_meter_full"
+    config.name = "compare_meter_trained_full"
     config.init_from = "runs/compare_meter/runs/full/1/none/seed_0/stage2"
     tap_2 = {"taps": (2,), "inject": (0,)}
     config.compare.update(
