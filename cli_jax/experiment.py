@@ -205,10 +205,35 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
         **sections,
         **scalars,
     )
+    _check_model(experiment.model)
     routing.of(experiment.model).check(experiment.model)
     if experiment.model.routing.name == "dpvr":
         _check_text_rows(experiment.data)
     return experiment
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Refuses layers that the towers do not have, and pictures that the model cannot hold."""
+    from cli_jax.fusion import registry
+    from cli_jax.image.anyres import treatment
+
+    try:
+        kinds = {treatment(model.image, single=single).kind for single in (True, False)}
+    except ValueError as error:
+        raise ConfigError(f"config.model.{error}") from error
+    strategy, config = registry.of(model), model.fusion
+    try:
+        strategy.vision_layers(config, model.vision)
+        strategy.decoder_layers(config, model.text)
+        strategy.extras(config, model)
+    except ValueError as error:
+        raise ConfigError(f"config.fusion.{model.fusion_name}: {error}") from error
+    if not model.has_newline and kinds & {"anyres", "pad_newline"}:
+        raise ConfigError(
+            f"config.model.has_newline=False, but pictures get newline tokens with "
+            f"config.model.image.aspect_ratio={model.image.aspect_ratio} and multi_image="
+            f"{model.image.multi_image}: set has_newline=True, or square, pad or crop with same"
+        )
 
 
 def _check_text_rows(data: DataConfig) -> None:

@@ -1,7 +1,7 @@
 r"""Photographed meters, where the last layer has lost detail: fusion added to a trained `none`.
 
-    python analyze.py compare --config configs/compare_meter_trained_full.py \
-        --output runs/trained_full --config.data.root=DATA
+    python analyze.py compare --config configs/compare_meter_trained_full.py --output runs/full \
+        --config.data.root=DATA
 
 Everything but tower and arms is that of compare_meter_trained.py. `full` (pretrain_meter.py) is the
 one tower of docs/results.md of which the last layer gives less than an earlier one, as the paper

@@ -19,12 +19,12 @@ from etils import epath
 from cli_jax.analysis.plots import attention_curve, heatmap, require_matplotlib
 from cli_jax.analysis.prompts import AnalysisError, Findings, Prompts
 from cli_jax.batch import Batch
-from cli_jax.evaluate.output import writable_folder
 from cli_jax.evaluate.run import whole_rows
 from cli_jax.experiment import Experiment
 from cli_jax.generate.buckets import TEXT_UNIT, round_up
 from cli_jax.generate.engine import everywhere, split_rows
 from cli_jax.model.gather import take_or_zero
+from cli_jax.output import writable_folder, write_arrays
 
 TOLERANCE = 0.02  # of the attention probability: how near to its end a settled curve stays
 
@@ -221,8 +221,7 @@ def analyze_attention(
     }
     if per_head:
         arrays["mass_per_head"] = mass.per_head()
-    with written[0].open("wb") as file:
-        np.savez(file, **arrays)
+    write_arrays(written[0], **arrays)
     attention_curve(mass.curve(), written[1], saturation=settled, title=title)
     if per_head:
         written.append(folder / "attention_heads.png")

@@ -21,11 +21,11 @@ from cli_jax.analysis.plots import heatmap, require_matplotlib
 from cli_jax.analysis.prompts import AnalysisError, Findings, Prompts
 from cli_jax.batch import Batch
 from cli_jax.config import ModelConfig
-from cli_jax.evaluate.output import writable_folder
 from cli_jax.evaluate.run import whole_rows
 from cli_jax.experiment import Experiment
 from cli_jax.fusion import registry
 from cli_jax.generate.engine import everywhere, split_rows
+from cli_jax.output import writable_folder, write_arrays
 
 
 @dataclasses.dataclass
@@ -115,17 +115,16 @@ def save(means: GateMeans, folder: epath.Path, title: str) -> list[epath.Path]:
     `categories` [C], `category_gates` [C, T, K] and `category_pictures` [C].
     """
     categories = sorted(means.sums)
-    with (folder / "gates.npz").open("wb") as file:
-        np.savez(
-            file,
-            gates=means.mean(),
-            decoder_layers=np.array(means.decoder_layers),
-            vision_layers=np.array(means.vision_layers),
-            pictures=means.pictures,
-            categories=np.array(categories),
-            category_gates=np.stack([means.mean(c) for c in categories]),
-            category_pictures=np.array([means.counts[c] for c in categories]),
-        )
+    write_arrays(
+        folder / "gates.npz",
+        gates=means.mean(),
+        decoder_layers=np.array(means.decoder_layers),
+        vision_layers=np.array(means.vision_layers),
+        pictures=means.pictures,
+        categories=np.array(categories),
+        category_gates=np.stack([means.mean(c) for c in categories]),
+        category_pictures=np.array([means.counts[c] for c in categories]),
+    )
     every = np.stack([means.mean(), *(means.mean(c) for c in categories)])
     limits = float(every.min()), float(every.max())  # one scale, so that the pictures compare
     written = [folder / "gates.npz"]

@@ -20,10 +20,10 @@ from etils import epath
 from cli_jax.analysis.plots import require_matplotlib, similarity_map
 from cli_jax.analysis.prompts import AnalysisError, Findings, Prompts
 from cli_jax.data import Sample
-from cli_jax.evaluate.output import writable_folder
 from cli_jax.evaluate.run import whole_rows
 from cli_jax.experiment import Experiment
 from cli_jax.generate.engine import everywhere, split_rows
+from cli_jax.output import writable_folder, write_arrays
 
 
 class Group(NamedTuple):
@@ -225,14 +225,13 @@ def analyze_layers(
 
 def _save(path: epath.Path, found: Similarity, split: tuple[Group, ...], last_layer: int) -> None:
     mean = found.mean()
-    with path.open("wb") as file:
-        np.savez(
-            file,
-            similarity=mean,
-            layers=np.arange(len(mean)),
-            groups=np.array([(g.first, g.last) for g in split]),
-            medoids=np.array([g.medoid for g in split]),
-            last_layer=last_layer,
-            tokens=found.tokens,
-            pictures=found.pictures,
-        )
+    write_arrays(
+        path,
+        similarity=mean,
+        layers=np.arange(len(mean)),
+        groups=np.array([(g.first, g.last) for g in split]),
+        medoids=np.array([g.medoid for g in split]),
+        last_layer=last_layer,
+        tokens=found.tokens,
+        pictures=found.pictures,
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from cli_jax.output import write_file
 from cli_jax.train.workdir import read_lines
 
 DPI = 200
@@ -205,7 +206,7 @@ def save(figure: Any, path: epath.PathLike) -> None:
     """Writes a figure as PNG."""
     png = io.BytesIO()
     figure.savefig(png, dpi=DPI, format="png")
-    epath.Path(path).write_bytes(png.getvalue())
+    write_file(path, png.getvalue())
 
 
 def new_figure(width: float, height: float) -> Any:

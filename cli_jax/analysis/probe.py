@@ -42,7 +42,6 @@ from cli_jax.data.facts import CATEGORIES, Fact, facts
 from cli_jax.data.ledger import drop_of
 from cli_jax.data.parts import held_out_scenes, scene_of
 from cli_jax.data.sources import RowError, open_sources
-from cli_jax.evaluate.output import writable_folder
 from cli_jax.evaluate.progress import progress_bar
 from cli_jax.experiment import Experiment, load
 from cli_jax.fusion import base
@@ -50,6 +49,7 @@ from cli_jax.image.errors import ImageError
 from cli_jax.image.preprocess import image_size, make_tiles, open_image
 from cli_jax.model.attention import kernel_for
 from cli_jax.model.vision import VisionTower
+from cli_jax.output import writable_folder, write_arrays
 from cli_jax.train.checkpoint import find_step, load_params
 from cli_jax.train.state import Params
 
@@ -110,9 +110,7 @@ def probe(workdir: str | Path, output: str | Path, step: int | None = None) -> F
     features = read_features(experiment, pictures, tower, params)
     names = ("pixels", *map(str, range(experiment.model.vision.last_layer + 1)))
     found = score(features, pictures, names)
-    with (folder / "probe.npz").open("wb") as file:
-        fields: dict[str, Any] = dataclasses.asdict(found)
-        np.savez(file, **fields)
+    write_arrays(folder / "probe.npz", **dataclasses.asdict(found))
     lines(
         {name: found.accuracy[:, i] for i, name in enumerate(found.categories)},
         folder / "probe.png",

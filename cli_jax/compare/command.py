@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from cli_jax import demo
 from cli_jax.analysis.plots import require_matplotlib
 from cli_jax.compare import protocol, splits
@@ -30,10 +28,9 @@ from cli_jax.compare.runs import (
     train_stage,
 )
 from cli_jax.compare.summary import choose
-from cli_jax.evaluate.output import writable_folder
-from cli_jax.evaluate.report import write_results
 from cli_jax.experiment import ConfigError
 from cli_jax.hf.error import ConversionError
+from cli_jax.output import writable_folder, write_json
 from cli_jax.train.checkpoint import CheckpointError
 from cli_jax.train.initial import load_initial
 from cli_jax.train.loop import TrainingError
@@ -95,7 +92,7 @@ def _run_all(comparison: Comparison, folder: Path) -> None:
                 try:
                     _run(comparison, folder, run, name, progress)
                 except TrainingError as error:  # it diverged, which says something about its arm
-                    write_results(epath.Path(failed), {"run": str(run), "error": str(error)})
+                    write_json(failed, {"run": str(run), "error": str(error)})
             if failed.is_file():
                 progress.fail(steps - _finished_updates(comparison, folder, run))
                 progress.say(f"{run} FAILED, see {failed}: remove it to try again")

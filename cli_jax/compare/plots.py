@@ -86,14 +86,15 @@ def accuracy_by_fraction(cells: Sequence[Json], name: str, path: Path) -> None:
     labels = list(dict.fromkeys(row["label"] for _, row in rows if row["label"] == row["arm"]))
     drawn = new_figure(6.2, 3.4)
     axes = drawn.add_subplot()
-    for color, label in zip(_colors(len(labels)), labels, strict=True):
+    for i, (style, label) in enumerate(zip(_styles(len(labels)), labels, strict=True)):
+        aside = 1.015 ** (i - (len(labels) - 1) / 2)  # bars beside each other, not on each other
         own = {100 * fraction: row["sets"] for fraction, row in rows if row["label"] == label}
         found = {share: sets[name] for share, sets in sorted(own.items())}
         means = np.array([100 * each["mean"] for each in found.values()])
         spans = np.array([each["interval"] for each in found.values()]).T
         axes.errorbar(
-            list(found), means, yerr=np.abs(100 * spans - means), fmt="o-", markersize=4,
-            linewidth=1.2, elinewidth=0.8, capsize=3, color=color, label=label,
+            aside * np.array(list(found)), means, yerr=np.abs(100 * spans - means), marker="o",
+            markersize=4, linewidth=1.2, elinewidth=0.8, capsize=3, label=label, **style,
         )  # fmt: skip
     axes.set_xscale("log")
     ticks = sorted({100 * cell["fraction"] for cell in cells})
@@ -101,6 +102,7 @@ def accuracy_by_fraction(cells: Sequence[Json], name: str, path: Path) -> None:
     axes.set_xticks([], minor=True)
     axes.set_xlabel("training pictures, % of those not held out")
     axes.set_ylabel(f"{name}: accuracy, %")
+    axes.set_title("bars: 95% interval", fontsize=8, color="0.35")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     drawn.legend(loc="outside right upper", frameon=False, fontsize=8)
@@ -130,16 +132,16 @@ def selection(choice: Json, path: Path) -> None:
 
 
 def learning_curves(curves: Sequence[Curves], path: Path) -> None:
-    """Training loss by stage and, where there is one, the held-out curve; a color per row."""
+    """Training loss by stage and, where there is one, the held-out curve; a style per row."""
     panels = [s for s in ("stage1", "stage2") if any(c.losses[s] for c in curves)]
     panels += ["held out"] * any(c.held_out for c in curves)
     columns = math.ceil(len(curves) / 16)  # of the legend: more names than that are higher than it
     drawn = new_figure(max(5.0, 3.6 * len(panels)) + 1.6 * columns, 3.4)
-    colors = _colors(len(curves))
+    styles = _styles(len(curves))
     for axes, panel in zip(np.ravel(drawn.subplots(1, len(panels))), panels, strict=True):
-        for color, each in zip(colors, curves, strict=True):
+        for style, each in zip(styles, curves, strict=True):
             seeds = each.held_out if panel == "held out" else each.losses[panel]
-            _draw_seeds(axes, seeds, each.label, color, smoothed=panel != "held out")
+            _draw_seeds(axes, seeds, each.label, style, smoothed=panel != "held out")
         axes.set_title(panel.replace("stage", "stage "), fontsize=9)
         axes.set_xlabel("update")
         axes.set_ylabel("accuracy, %" if panel == "held out" else "loss (nats per token)")
@@ -189,7 +191,9 @@ def read_curves(comparison: Comparison, folder: Path, cell: Json) -> list[Curves
     return found
 
 
-def _draw_seeds(axes: Any, seeds: list[Points], label: str, color: Any, smoothed: bool) -> None:
+def _draw_seeds(
+    axes: Any, seeds: list[Points], label: str, style: dict[str, Any], smoothed: bool
+) -> None:
     """The mean over seeds, and every seed faintly."""
     if not seeds:
         return
@@ -198,15 +202,18 @@ def _draw_seeds(axes: Any, seeds: list[Points], label: str, color: Any, smoothed
     if smoothed:
         values_SxN = np.stack([smooth(values_N) for values_N in values_SxN])
     for values_N in values_SxN if len(seeds) > 1 else ():
-        axes.plot(steps, values_N, color=color, linewidth=0.6, alpha=0.35)
+        axes.plot(steps, values_N, **style, linewidth=0.6, alpha=0.35)
     marker = None if smoothed else "o"
     mean_N = values_SxN.mean(axis=0)
-    axes.plot(steps, mean_N, marker=marker, color=color, linewidth=1.5, markersize=3, label=label)
+    axes.plot(steps, mean_N, **style, marker=marker, linewidth=1.5, markersize=3, label=label)
 
 
-def _colors(count: int) -> list[Any]:
+def _styles(count: int) -> list[dict[str, Any]]:
+    """Ten colors, then the same ten dashed, dotted and so on: 40 lines that can be told apart."""
     from matplotlib import colormaps
 
-    if count > 20:  # no list has so many: neighbors look alike, but no two are the same
-        return [colormaps["turbo"](0.05 + 0.9 * i / (count - 1)) for i in range(count)]
-    return [colormaps["tab10" if count <= 10 else "tab20"](i) for i in range(count)]
+    dashes = ("-", "--", ":", "-.")
+    return [
+        {"color": colormaps["tab10"](i % 10), "linestyle": dashes[i // 10 % len(dashes)]}
+        for i in range(count)
+    ]

@@ -14,11 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from cli_jax.compare.config import Comparison
-from cli_jax.evaluate.report import write_results
 from cli_jax.experiment import ConfigError
+from cli_jax.output import write_json
 from cli_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from cli_jax.train.checkpoint import find_step
 from cli_jax.train.workdir import git_revision
@@ -49,7 +47,7 @@ def fix(comparison: Comparison, splits: Mapping[str, Any], folder: Path) -> dict
     }
     path = folder / FILE
     if not path.is_file():
-        write_results(epath.Path(path), protocol)
+        write_json(path, protocol)
         return protocol
     there = read(folder)
     if there["hash"] != protocol["hash"]:

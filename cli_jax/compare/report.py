@@ -6,15 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from cli_jax.compare import plots, protocol
 from cli_jax.compare.config import Comparison, from_config
 from cli_jax.compare.contrasts import contrasts
 from cli_jax.compare.runs import Run
 from cli_jax.compare.summary import summarize
 from cli_jax.compare.table import cell_name, markdown
-from cli_jax.evaluate.report import write_results
+from cli_jax.output import write_file, write_json
 
 FIGURES = "figures"
 
@@ -31,8 +29,8 @@ def report(folder: Path) -> list[Path]:
     for encoder in comparison.settings.encoders:
         own = [cell for cell in results["cells"] if cell["encoder"] == encoder.name]
         figures[cell_name(own[-1])] += _draw_fractions(folder, own)
-    write_results(epath.Path(folder / "results.json"), results)
-    (folder / "results.md").write_text(markdown(results, figures), encoding="utf-8")
+    write_json(folder / "results.json", results)
+    write_file(folder / "results.md", markdown(results, figures))
     drawn = [folder / path for each in figures.values() for _, path in each]
     return [folder / "results.md", folder / "results.json", *drawn]
 

@@ -16,8 +16,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from cli_jax.analysis.gates import analyze_gates
 from cli_jax.analysis.prompts import AnalysisError
 from cli_jax.compare.config import HELD_OUT, CompareConfig, Comparison, StageConfig
@@ -25,11 +23,11 @@ from cli_jax.compare.progress import Progress
 from cli_jax.compare.splits import eval_file, train_sources
 from cli_jax.data import DataError, pipeline
 from cli_jax.dryrun import flops
-from cli_jax.evaluate.report import write_results
 from cli_jax.evaluate.run import evaluate
 from cli_jax.evaluate.workdir import open_run
 from cli_jax.experiment import ConfigError, Experiment, load, to_dict
 from cli_jax.fusion import registry
+from cli_jax.output import write_json
 from cli_jax.train import goodput
 from cli_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from cli_jax.train.loop import Result, train
@@ -127,7 +125,7 @@ def train_stage(workdir: Path, experiment: Experiment, progress: Progress) -> No
         progress.say("stopped and saved: the same command goes on from there")
         raise KeyboardInterrupt
     samples = {key: books[key] for key in ("drawn", "skipped_rows", "too_long_rows")}
-    write_results(epath.Path(workdir / TRAINED), {"samples": samples, **_cost(result, workdir)})
+    write_json(workdir / TRAINED, {"samples": samples, **_cost(result, workdir)})
 
 
 def answer(comparison: Comparison, root: Path, run: Run, names: Sequence[str]) -> None:
@@ -168,7 +166,7 @@ def draw_gates(comparison: Comparison, root: Path, run: Run) -> None:
                 drawn: dict[str, Any] = {"written": names, "left_out": found.left_out}
             except AnalysisError as error:  # e.g. questions without pictures
                 drawn = {"written": [], "left_out": {}, "problem": str(error)}
-    write_results(epath.Path(workdir / "gates.json"), drawn)
+    write_json(workdir / "gates.json", drawn)
 
 
 def answer_along_the_way(comparison: Comparison, root: Path, run: Run) -> None:

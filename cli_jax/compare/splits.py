@@ -21,6 +21,7 @@ from cli_jax.data.parts import PartOf, in_order, scene_of
 from cli_jax.data.sources import RowError, image_root_of, open_sources
 from cli_jax.evaluate.prompts import read_questions
 from cli_jax.experiment import ConfigError, SourceConfig
+from cli_jax.output import write_file
 from cli_jax.text.conversation import ConversationError, exchanges
 
 FOLDER = "splits"
@@ -148,9 +149,7 @@ def write(splits: Splits, folder: Path) -> None:
     for name, text in splits.files.items():
         path = folder / FOLDER / name
         if not path.is_file() or path.read_text() != text:
-            partial = path.with_name(f"{name}.partial")
-            partial.write_text(text)
-            partial.replace(path)
+            write_file(path, text)
 
 
 def train_sources(

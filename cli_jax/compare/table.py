@@ -16,7 +16,8 @@ narrow, and with one they say nothing about seeds. Where the interval holds 0, n
 shown.
 
 FLOPs are those of one row's forward pass, counted from shapes (cli_jax/dryrun/flops.py); time is \
-the median of stage 2's updates, waiting for data included, runs one after another on {devices}."""
+the median of stage 2's updates on {devices}, waiting for data included: runs that share a machine \
+slow each other."""
 
 
 def markdown(results: Json, figures: dict[str, list[tuple[str, str]]]) -> str:

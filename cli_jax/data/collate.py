@@ -52,6 +52,11 @@ class Sizes:
         cls, data: DataConfig, vision: VisionConfig, rows: int, extras: Extras = NO_EXTRAS
     ) -> Sizes:
         """The sizes of a config's batches; ConfigError if a row cannot hold a strategy's tokens."""
+        sizes = ("visual_per_row", "tiles_per_row", "images_per_row", "text_per_row")
+        if negative := [name for name in sizes if getattr(data, name) < 0]:
+            raise ConfigError(f"config.data.{negative[0]} is negative: give 0 or more")
+        if extras.stacks and not data.images_per_row:
+            raise ConfigError("config.data.images_per_row=0: deepstack needs room for a picture")
         tokens = vision.num_patches + extras.pooled
         if extras.pooled and data.visual_per_row < tokens:
             raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import platform
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from cli_jax.evaluate.metrics import METRICS, exact_match, normalize
+from cli_jax.output import write_lines
 
 PACKAGES = ("cli-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 
@@ -67,18 +67,7 @@ def versions() -> dict[str, str]:
 
 def write_predictions(path: epath.Path, predictions: Iterable[Prediction]) -> None:
     """One JSON object per line, in the order of the data file."""
-    lines = (
-        json.dumps({**dataclasses.asdict(p), "correct": p.correct}, ensure_ascii=False)
-        for p in predictions
-    )
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def write_results(path: epath.Path, results: dict[str, Any]) -> None:
-    """Writes beside the target first, so that an interrupted run leaves no half a file."""
-    partial = path.parent / f"{path.name}.partial"
-    partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_lines(path, ({**dataclasses.asdict(p), "correct": p.correct} for p in predictions))
 
 
 def table(results: dict[str, Any]) -> str:

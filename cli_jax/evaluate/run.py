@@ -14,7 +14,6 @@ from etils import epath
 from cli_jax.data import Sample, SampleSpec
 from cli_jax.data.sources import image_root_of
 from cli_jax.evaluate.metrics import METRICS
-from cli_jax.evaluate.output import OutputError, writable_folder
 from cli_jax.evaluate.progress import progress_bar
 from cli_jax.evaluate.prompts import (
     Question,
@@ -28,7 +27,6 @@ from cli_jax.evaluate.report import (
     summarize,
     versions,
     write_predictions,
-    write_results,
 )
 from cli_jax.evaluate.sheet import Example, contact_sheet, spread
 from cli_jax.experiment import Experiment
@@ -36,6 +34,7 @@ from cli_jax.generate.buckets import batches
 from cli_jax.generate.engine import Generator
 from cli_jax.generate.sampling import Sampling
 from cli_jax.image.errors import ImageError
+from cli_jax.output import OutputError, writable_folder, write_json
 from cli_jax.parallel.rules import SPLIT_BATCH
 from cli_jax.text import Tokenizer, load_tokenizer, stop_ids
 
@@ -66,7 +65,7 @@ def evaluate(
     `image_root` is the folder of `path`. `blank` replaces every picture by a gray one: a model that
     looks at its pictures falls to chance. Rows that cannot be asked count as wrong and are listed
     under `bad_rows`. Under a mesh (`jax.set_mesh`) the rows of a batch are split over its devices.
-    Raises DataError for an unreadable file and OutputError for an unwritable folder.
+    Raises DataError for an unreadable file and OutputError for a folder that cannot be written to.
     """
     begun = time.perf_counter()
     defaults = experiment.eval
@@ -121,7 +120,7 @@ def evaluate(
     if jax.process_index() == 0:
         write_predictions(files["predictions"], predictions)
         _draw_examples(files["examples"], questions, predictions, root, spec, blank)
-        write_results(files["results"], results)  # last: where it is, the evaluation is complete
+        write_json(files["results"], results)  # last: where it is, the evaluation is complete
     return results
 
 

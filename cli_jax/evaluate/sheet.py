@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from cli_jax.output import write_file
+
 COLUMNS = 6
 WIDTH = 260  # of one example, in pixels
 MARGIN = 8
@@ -58,7 +60,7 @@ def contact_sheet(examples: Sequence[Example], path: epath.Path) -> None:
         sheet.paste(_cell(example, strip, cell, height), corner)
     png = io.BytesIO()
     sheet.save(png, format="PNG")
-    path.write_bytes(png.getvalue())
+    write_file(path, png.getvalue())
 
 
 def _cell(

@@ -159,7 +159,8 @@ class Fusion(nn.Module):
 
     def each(self, f: Callable[[Any], Any], xs: Any) -> Any:
         """f of every entry on the leading axis of `xs`, one after another, stacked."""
-        f, unroll = rematerialize(f, self.remat), True if self.unroll else 1
+        f = rematerialize(f, self.remat, looped=not self.unroll)
+        unroll = True if self.unroll else 1
         return jax.lax.scan(lambda _, x: (None, f(x)), None, xs, unroll=unroll)[1]
 
 

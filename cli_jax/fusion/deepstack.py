@@ -83,8 +83,8 @@ class DeepStack(base.Fusion):
 
     @classmethod
     def flops(cls, config: DeepStackConfig, model: ModelConfig, row: base.Row) -> dict[str, float]:
-        D, slots = model.text.hidden_size, _slots(config, model, row)
-        stacks = 2.0 * D * D * slots + base.plan_flops(D, slots)
+        D, W, slots = model.text.hidden_size, model.projector_hidden, _slots(config, model, row)
+        stacks = 2.0 * W * D * slots + base.plan_flops(W, slots)
         return {"projector": base.project_flops(model, row) + stacks}
 
     def __call__(self, look: base.Look, batch: Batch, projector: Projector) -> base.Fused:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cli_jax.config import ModelConfig
+from cli_jax.config import ConfigError, ModelConfig
 from cli_jax.fusion.adapter import Adapter
 from cli_jax.fusion.base import Fusion
 from cli_jax.fusion.cli import CLI
@@ -26,9 +26,11 @@ STRATEGIES: dict[str, type[Fusion]] = {
 
 
 def get(name: str) -> type[Fusion]:
-    """The strategy's class; an unknown name is an error that lists the known ones."""
+    """The strategy's class; an unknown name is a ConfigError that lists the known ones."""
     if name not in STRATEGIES:
-        raise ValueError(f"unknown fusion strategy {name!r}; known: {sorted(STRATEGIES)}")
+        raise ConfigError(
+            f"config.fusion.name={name!r} is no strategy; known: {sorted(STRATEGIES)}"
+        )
     return STRATEGIES[name]
 
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 
 def take_or_zero(x_BxNxD: jax.Array, index_BxR: jax.Array) -> jax.Array:
-    """x[b, index[b, r]], and zeros where the index points past the end."""
+    """x[b, index[b, r]], and zeros of its dtype where the index points past the end."""
     taken = jnp.take_along_axis(
         x_BxNxD, jnp.minimum(index_BxR, x_BxNxD.shape[1] - 1)[:, :, None], axis=1
     )
-    return jnp.where((index_BxR < x_BxNxD.shape[1])[:, :, None], taken, 0)
+    return jnp.where((index_BxR < x_BxNxD.shape[1])[:, :, None], taken, jnp.zeros((), taken.dtype))
 
 
 @jax.custom_vjp

@@ -87,7 +87,8 @@ def run(
     layer behind it are one step then, so that the carry between them is not kept, too.
     """
 
-    layer, body = _settled(body), rematerialize(_settled(body), remat)
+    layer = _settled(body)
+    body = rematerialize(layer, remat, looped=not unroll)
     visit = visit and _settled(visit)
     carry = jax.lax.optimization_barrier(carry)
 
@@ -149,8 +150,8 @@ def run(
                 lambda x, size=size, count=count: x.reshape(count, size, *x.shape[1:]),
                 part(layers, start, start + size * count),
             )
-        # A loop of one turn is none to the compiler.
-        group = functools.partial(visit_then_run, looped=count > 1)
+        # A loop of one turn is none to the compiler, and an unrolled one is none at all.
+        group = functools.partial(visit_then_run, looped=count > 1 and not unroll)
         (carry, total), out = scan(
             group, (carry, total), (part(visits, done, done + count), some_layers), count
         )

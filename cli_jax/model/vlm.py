@@ -82,7 +82,7 @@ class VLM(nn.Module):
         return self._forward(batch, cache_length)
 
     def watch(self, batch: Batch, see: See) -> tuple[Output, Any]:
-        """The same as a call, and what `see` makes of every decoder layer's queries and keys."""
+        """As a call without routing, and what `see` makes of every layer's queries and keys."""
         h_BxLxD, injection = self._embed(batch)
         hidden, outs, seen = self.language_model.watch(
             h_BxLxD, batch["positions"], batch["segment_ids"], see=see, injection=injection

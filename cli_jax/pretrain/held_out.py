@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any, cast
 
 import jax
@@ -17,6 +16,7 @@ from cli_jax.data.ledger import drop_of
 from cli_jax.data.sample import Sample
 from cli_jax.data.sources import DataError, open_sources
 from cli_jax.experiment import Experiment
+from cli_jax.output import write_lines
 from cli_jax.pretrain.loss import pair_sums
 from cli_jax.text import load_tokenizer
 from cli_jax.train.loop import say, to_device
@@ -43,7 +43,7 @@ class HeldOut:
         line = {"step": step, **self.measure(setup, state.params)}
         if jax.process_index() == 0:
             kept = [old for old in read_lines(self._path) if old["step"] < step]
-            self._path.write_text("".join(json.dumps(each) + "\n" for each in (*kept, line)))
+            write_lines(self._path, (*kept, line))
         say(
             f"step {step}: {line['retrieval']:.1%} of {line['pictures']} held-out pictures find "
             f"their own among {line['captions']} captions; loss {line['loss']:.4f}"

@@ -198,7 +198,9 @@ class DPVR(base.Routing):
             h_BxPxD = layer_input(h_BxPxD)
             return self.block.apply({"params": params}, h_BxPxD, rotary, attend, None, 0)[0]
 
-        return rematerialize(branch, self.compute.remat)(self.side_branch, vision_BxPxD)
+        return rematerialize(branch, self.compute.remat, looped=False)(
+            self.side_branch, vision_BxPxD
+        )
 
     def _empty_caches(
         self, decoder: Decoder, seen: Slots, read: Slots, length: int, cache_length: int | None
@@ -219,7 +221,8 @@ class DPVR(base.Routing):
 def _slots(batch: base.Batch, name: str) -> Slots:
     place_BxR = batch[name]
     if not place_BxR.shape[1]:
-        raise ValueError(f"{name} is empty: give the batch slots (config.data.text_per_row)")
+        of = {"visual_position": "visual_per_row", "text_position": "text_per_row"}[name]
+        raise ValueError(f"{name} is empty: give the batch slots (config.data.{of})")
 
     def at(x_BxL: jax.Array) -> jax.Array:
         return take_or_zero(x_BxL[:, :, None], place_BxR)[:, :, 0]

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from cli_jax.output import write_json, write_lines
 from cli_jax.train.workdir import WorkdirError, read_lines
 
 LINES, SUMMARY = "goodput.jsonl", "goodput.json"
@@ -63,10 +64,7 @@ class Goodput:
         if self._active and (lines := read_lines(self._folder / LINES)):
             self._run = lines[-1]["run"] + 1
             # Not appended to as it is: a kill may have cut off its last line.
-            temporary = self._folder / f"{LINES}.tmp"
-            with self._explained():
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-                temporary.replace(self._folder / LINES)
+            write_lines(self._folder / LINES, lines)
         self.record(step)
 
     def done(self, step: int, values: object = None) -> None:
@@ -83,8 +81,14 @@ class Goodput:
         self._begun = ended
         if self._active:
             text = json.dumps(line | {"seconds": seconds}) + "\n"
-            with self._explained(), (self._folder / LINES).open("a") as file:
-                file.write(text)
+            try:
+                with (self._folder / LINES).open("a") as file:
+                    file.write(text)
+            except OSError as error:
+                raise WorkdirError(
+                    f"cannot write {self._folder / LINES}: {error.strerror or error}. Free some "
+                    f"space, then run the same command again: it goes on from the last checkpoint"
+                ) from error
 
     def finish(self, step: int) -> str:
         """Writes `goodput.json` and returns it as a table, on the first process."""
@@ -92,25 +96,13 @@ class Goodput:
         if not self._active:
             return ""
         summary = summarize(read_lines(self._folder / LINES))
-        with self._explained():
-            (self._folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(self._folder / SUMMARY, summary)
         return table(summary)
 
     def _switch(self, kind: str) -> None:
         now = time.perf_counter()
         self._seconds[self._kind] = self._seconds.get(self._kind, 0.0) + now - self._since
         self._kind, self._since = kind, now
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise WorkdirError(
-                f"cannot write {LINES} or {SUMMARY} in {self._folder}: {error.strerror or error}. "
-                f"Free some space, then run the same command again: it goes on from the last "
-                f"checkpoint"
-            ) from error
 
 
 def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from cli_jax.output import write_lines
 from cli_jax.train.workdir import WorkdirError, read_lines
 
 FILE = "metrics.jsonl"
@@ -123,6 +124,4 @@ def forget_after(folder: epath.Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_lines(path) if line["step"] <= step]
-    temporary = folder / f"{FILE}.tmp"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(path)
+    write_lines(path, kept)

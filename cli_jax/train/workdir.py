@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from cli_jax import __version__
 from cli_jax.experiment import Experiment, to_dict
+from cli_jax.output import prove_writable, write_json
 
 LOCK = ".lock"
 
@@ -35,11 +35,8 @@ def prepare(workdir: str | os.PathLike) -> epath.Path:
             f"allow. Mount the bucket (e.g. Cloud Storage FUSE) and give the mounted folder"
         )
     folder = epath.Path(workdir)
-    probe = folder / f".writable_{uuid.uuid4().hex}"  # containers of a pod have equal process ids
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        prove_writable(folder)
     except OSError as error:
         raise WorkdirError(
             f"--workdir {folder} cannot be written to ({error.strerror or error}): "
@@ -84,18 +81,8 @@ def describe(folder: epath.Path, experiment: Experiment, revision: str) -> None:
         "processes": jax.process_count(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    _write(folder / "config.json", to_dict(experiment))
-    _write(path, run)
-
-
-def _write(path: epath.Path, content: dict[str, Any]) -> None:
-    """Beside the target first: a kill or a full disk leaves what was there."""
-    partial = path.parent / f"{path.name}.partial"
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise WorkdirError(f"cannot write {path}: {error.strerror or error}") from error
+    write_json(folder / "config.json", to_dict(experiment))
+    write_json(path, run)
 
 
 def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@ from PIL import Image
 from cli_jax.analysis import gates, plots
 from cli_jax.analysis.prompts import AnalysisError
 from cli_jax.data import Sizes, collate
-from cli_jax.evaluate.output import OutputError
 from cli_jax.evaluate.prompts import load_prompts, prompt_spec, read_questions
+from cli_jax.output import OutputError
 from cli_jax.text import load_tokenizer
 from tests.evaluate import eval_small as small
 

@@ -131,7 +131,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, change, message):
         ({"data": {"batch_size": 8}}, r"'odd' changes \['data'\], which all arms and stages share"),
         ({"model": {"text": {"hidden_size": 64}}}, "'odd' changes model.text, which all share"),
         ({"optimizer": {"lrr": 1.0}}, "unknown key config.optimizer.lrr; did you mean 'lr'"),
-        ({"fusion": {"name": "slii"}}, "unknown fusion strategy 'slii'"),
+        ({"fusion": {"name": "slii"}}, "config.fusion.name='slii' is no strategy"),
     ],
 )
 def test_an_arm_that_is_not_comparable_is_refused(tmp_path, changes, message):

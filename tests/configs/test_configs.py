@@ -244,3 +244,30 @@ def test_configs_need_no_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", refuse)
     for name in NAMES:
         built(name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fusion": {"name": "clli"}}, r"config\.fusion\.name='clli' is no strategy; known: "),
+        (
+            {"fusion": {"name": "cli", "cli": {"taps": (99,)}}},
+            r"config\.fusion\.cli: unknown vision layer \[99\]: this model has 0\.\.",
+        ),
+        (
+            {"fusion": {"name": "cli", "cli": {"inject": (99,)}}},
+            r"config\.fusion\.cli: unknown decoder layer \[99\]",
+        ),
+        ({"fusion": {"name": "sli", "sli": {"taps": ()}}}, r"config\.fusion\.sli: an empty list"),
+        ({"model": {"has_newline": False}}, r"config\.model\.has_newline=False, but .*set has_"),
+        ({"model": {"image": {"aspect_ratio": "any"}}}, r"config\.model\.image\.aspect_ratio is"),
+    ],
+)
+@pytest.mark.parametrize("routing", ["none", "dpvr"])
+def test_a_model_that_cannot_be_is_refused_by_its_key(changes, message, routing):
+    config = module("ov7b_cli").get_config()
+    config.routing.name = routing
+    config.fusion = {"name": "none"}
+    config.update(changes)
+    with pytest.raises(ConfigError, match=message):
+        experiment_lib.from_dict(config)

@@ -8,7 +8,6 @@ from cli_jax.evaluate.report import (
     table,
     versions,
     write_predictions,
-    write_results,
 )
 
 
@@ -85,17 +84,6 @@ def test_predictions_are_one_json_object_per_line(tmp_path):
         "correct": True,
     }
     assert (second["correct"], second["error"]) == (False, "broken")
-
-
-def test_results_replace_an_older_file_whole(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text("old")
-    write_results(path, {"a": 1})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
-    with pytest.raises(TypeError):
-        write_results(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
 
 
 def test_the_table_shows_every_category_and_the_whole():

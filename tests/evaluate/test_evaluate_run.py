@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from cli_jax.data import DataError
-from cli_jax.evaluate.output import OutputError
 from cli_jax.evaluate.run import evaluate
 from cli_jax.generate.engine import Generator
 from cli_jax.generate.sampling import Sampling
+from cli_jax.output import OutputError
 from tests.evaluate import eval_small as small
 
 

@@ -92,5 +92,7 @@ def test_bad_numbers_are_refused(name, value):
 
 def test_unknown_strategies_are_refused():
     known = re.escape(str(sorted(registry.STRATEGIES)))
-    with pytest.raises(ValueError, match=f"unknown fusion strategy 'clip'; known: {known}"):
+    with pytest.raises(
+        ValueError, match=f"config.fusion.name='clip' is no strategy; known: {known}"
+    ):
         registry.get("clip")

@@ -68,15 +68,51 @@ def test_splash_equals_plain(length, kv_heads, causal, segmented):
     compare(kernel, length, kv_heads, causal, segmented, jnp.float32, 2e-5)
 
 
+@pytest.mark.parametrize(
+    ("length", "kv_heads", "causal", "segmented"),
+    [(729, H, False, False), (201, 2, True, True), (201, 1, True, False), (640, 2, True, True)],
+)
+def test_what_cudnn_is_given_equals_plain(monkeypatch, length, kv_heads, causal, segmented):
+    """Masks, padding and lengths, with XLA in cuDNN's place: no GPU is needed."""
+    real, lengths = jax.nn.dot_product_attention, []
+
+    def in_xla(q, *args, implementation, **how):
+        assert implementation == "cudnn"
+        lengths.append(q.shape[1])
+        return real(q, *args, implementation="xla", **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
+    compare(cudnn_attention, length, kv_heads, causal, segmented, jnp.float32, 2e-5)
+    assert lengths == [length + length % 2]
+
+
+@pytest.mark.parametrize("segmented", [True, False])
+def test_jax_takes_gradients_of_odd_lengths_through_cudnn(monkeypatch, segmented):
+    """Traced only, with the look-ups of the GPU's library answered: 729 is SigLIP's tile."""
+    library = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{library}.check_cudnn_version", lambda: 91_100)
+    monkeypatch.setattr(f"{library}.check_compute_capability", lambda _: True)
+    q, k, v, cotangent, ids = inputs(729, 2, jnp.bfloat16)
+
+    def both(q, k, v, cotangent):
+        f = lambda *x: cudnn_attention(*x, ids if segmented else None, causal=segmented)  # noqa: E731
+        return value_and_gradients(f, q, k, v, cotangent)
+
+    traced = jax.eval_shape(both, q, k, v, cotangent)
+    assert [x.shape for x in traced] == [x.shape for x in (q, q, k, v)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("length", "kv_heads", "causal"), [(729, H, False), (640, 2, True)])
+@pytest.mark.parametrize(
+    ("length", "kv_heads", "causal"), [(729, H, False), (640, 2, True), (641, 2, True)]
+)
 def test_cudnn_equals_plain(length, kv_heads, causal):
     compare(cudnn_attention, length, kv_heads, causal, causal, jnp.bfloat16, 3e-2)
 
 
 @pytest.mark.gpu
 def test_cudnn_grows_with_the_length_not_its_square():
-    """No [heads, L, L] array of scores: temporaries are a few rows' worth and the one-byte mask."""
+    """No [heads, L, L] array of scores: temporaries are a few rows' worth and the mask."""
     q, k, v, cotangent, ids = inputs(4096, 2, jnp.bfloat16)
 
     def both(q, k, v, cotangent):

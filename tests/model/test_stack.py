@@ -233,3 +233,20 @@ def test_a_visit_keeps_nothing_beside_its_layer():
     assert (3, *h.shape) in saved  # before the visits
     assert (3, 2, *h.shape) in saved  # before the other layers
     assert saved.count((3, *h.shape)) == 1
+
+
+@pytest.mark.parametrize("points", [(), (0, 1, 2, 3)], ids=["plain", "visited"])
+def test_unrolled_layers_are_computed_again_too(points):
+    """Not in a loop, a layer computed again for the backward pass is one that XLA would merge."""
+    h, weights, visits = values(4, points)
+
+    def tanhs(policy):
+        def total(weights):
+            how = {"points": points, "visit": visit, "visits": visits} if points else {}
+            out, _ = run(layer, h, weights, stop=4, unroll=True, remat=policy, **how)
+            return jnp.sum(out)
+
+        return jax.jit(jax.grad(total)).lower(weights).compile().as_text().count(" tanh(")
+
+    assert tanhs("none") == 4
+    assert tanhs("full") >= 7  # the last one may be kept: its gradient comes at once

@@ -14,6 +14,7 @@ from orbax.checkpoint._src.path import gcs_utils
 from train_damage import flip_a_bit, truncate
 
 from cli_jax.experiment import CheckpointConfig, ConfigError
+from cli_jax.output import OutputError
 from cli_jax.train.checkpoint import (
     FOLDER,
     CheckpointError,
@@ -324,7 +325,7 @@ def test_a_workdir_says_what_code_made_it_and_keeps_that_when_the_disk_is_full(t
     run = json.loads((tmp_path / "run.json").read_text())
     assert (run["revision"], run["earlier_revisions"]) == ("def", ["abc"])
     (tmp_path / "run.json.partial").mkdir()  # so that it cannot be written
-    with pytest.raises(WorkdirError, match=r"cannot write .*/run\.json: "):
+    with pytest.raises(OutputError, match=r"cannot write .*/run\.json: "):
         describe(folder, EXPERIMENT, "xyz")
     assert json.loads((tmp_path / "run.json").read_text()) == run
 

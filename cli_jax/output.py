@@ -1,0 +1,84 @@
+"""What is written: folders proven writable before any work, and files that are whole or not there.
+
+No jax here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+_PROBE_BYTES = 64 * 1024  # a full disk takes an empty file, but not this
+
+
+class OutputError(ValueError):
+    """A place that cannot be written to; the message names it, the reason and the remedy."""
+
+
+def prove_writable(folder: epath.Path) -> None:
+    """Creates the folder and writes a small file in it for a moment; OSError if it cannot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not the process id in its name: containers of a pod have equal ones.
+    probe = folder / f".writable_{uuid.uuid4().hex}"
+    try:
+        probe.write_bytes(bytes(_PROBE_BYTES))
+    finally:
+        with contextlib.suppress(OSError):  # the first error is the one that says why
+            probe.unlink(missing_ok=True)
+
+
+def writable_folder(path: str | Path) -> epath.Path:
+    """Creates a folder for results; raises OutputError if nothing can be written there."""
+    folder = epath.Path(path)
+    try:
+        prove_writable(folder)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {folder}: {error.strerror or error}. Choose another folder, or free "
+            f"some space"
+        ) from error
+    return folder
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes beside the target first: a kill or a full disk leaves what was there.
+
+    Text as UTF-8. Raises OutputError.
+    """
+    target = epath.Path(path)
+    partial = target.parent / f"{target.name}.partial"
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OutputError(
+            f"cannot write {target}: {error.strerror or error}. Free some space, then run the same "
+            f"command again"
+        ) from error
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """An indented JSON file."""
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: str | os.PathLike[str], lines: Any) -> None:
+    """A JSON object a line."""
+    write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def write_arrays(path: str | os.PathLike[str], **arrays: Any) -> None:
+    """An .npz file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_file(path, buffer.getvalue())
