@@ -25,6 +25,7 @@ from cli_jax.config import (
     VisionConfig,
 )
 from cli_jax.image.extras import Extras
+from cli_jax.output import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +177,10 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
     config = plain(config)
     known = {f.name for f in dataclasses.fields(Experiment)} | {"fusion", "routing"}
     _refuse_unknown("config", config, known)
+    for section, keys in (("", ("model", "fusion")), ("model", ("vision", "text", "image"))):
+        given = config[section] if section else config
+        if missing := [key for key in keys if key not in given]:
+            raise ConfigError(f"config.{section + '.' * bool(section)}{missing[0]} is missing")
     model, fusion = dict(config["model"]), dict(config["fusion"])
     scalars_of_model = {"has_newline", "projector_width"}
     _refuse_unknown("config.model", model, {"vision", "text", "image", *scalars_of_model})
@@ -293,7 +298,7 @@ def load(workdir: str | Path) -> Experiment:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: give a --workdir that train.py has written")
-    return from_dict(json.loads(path.read_text()))
+    return from_dict(read_json(path))
 
 
 def load_answering(workdir: str | Path) -> Experiment:

@@ -1,4 +1,4 @@
-"""What is written: folders proven writable before any work, and files that are whole or not there.
+"""Files of a run: folders proven writable before any work, files written whole or not at all.
 
 No jax here.
 """
@@ -20,7 +20,7 @@ _PROBE_BYTES = 64 * 1024  # a full disk takes an empty file, but not this
 
 
 class OutputError(ValueError):
-    """A place that cannot be written to; the message names it, the reason and the remedy."""
+    """A file that cannot be written, or read back; the message names it, reason and remedy."""
 
 
 def prove_writable(folder: epath.Path) -> None:
@@ -65,6 +65,20 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
             f"cannot write {target}: {error.strerror or error}. Free some space, then run the same "
             f"command again"
         ) from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """A JSON file that this software has written; raises OutputError if it is damaged."""
+    try:
+        return json.loads(epath.Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: str | os.PathLike[str], error: ValueError) -> OutputError:
+    return OutputError(
+        f"{path} is damaged ({error}): restore it from a copy, or begin in a new folder"
+    )
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

@@ -85,9 +85,9 @@ def mean_gates(
 ) -> tuple[GateMeans, dict[str, str]]:
     """Mean gates over the pictures of a LLaVA-format file, and {id: reason} of rows left out.
 
-    Every row contributes the gates of its prompt (the last question and what stands before it); a
-    channel gate enters with its mean over channels. Raises AnalysisError if there is no gate or no
-    picture at all.
+    Every row contributes the gates of its prompt (the last question and what stands before it), so
+    a picture counts as often as it is asked about; a channel gate enters with its mean over
+    channels. Raises AnalysisError if there is no gate or no picture at all.
     """
     means = GateMeans(*gate_layers(experiment.model))
     prompts = Prompts(experiment, path, image_root, limit=limit, what="gates")
@@ -135,7 +135,7 @@ def save(means: GateMeans, folder: epath.Path, title: str) -> list[epath.Path]:
             folder / name,
             rows=means.decoder_layers,
             columns=means.vision_layers,
-            title=f"{what}\n{count:,} pictures",
+            title=f"{what}\n{count:,} pictures in prompts",
             row_title="decoder layer",
             column_title="vision layer",
             value_title="mean gate",

@@ -65,7 +65,8 @@ def mean_similarity(
     """Similarity over the pictures of a LLaVA-format file, and {id: reason} of rows left out.
 
     Every block that the model holds is compared, those after V_last too, and every patch token of
-    every tile counts once: a picture of many tiles weighs more than one of few. What was padded
+    every tile counts once: a picture of many tiles weighs more than one of few, and one that is
+    asked about twice counts twice. What was padded
     inside a tile is part of it, as the tower sees it; CLIP's class token is not. `batch_size`
     counts tiles. Raises AnalysisError if there is no picture.
     """
@@ -165,8 +166,8 @@ def summary(found: Similarity, groups: tuple[Group, ...], last_layer: int) -> st
     mean = found.mean()
     blocks = len(mean) - 1
     lines = [
-        f"{blocks} vision layers, {found.tokens:,} patch tokens of {found.pictures:,} pictures;"
-        f" layer 0 is the embedding, k the k-th block, {last_layer} feeds the projector"
+        f"{blocks} vision layers, {found.tokens:,} patch tokens of {found.pictures:,} pictures in "
+        f"prompts; layer 0 is the embedding, k the k-th block, {last_layer} feeds the projector"
         + (f", {last_layer + 1}..{blocks} nothing" if last_layer < blocks else "")
     ]
     for g in groups:
@@ -218,7 +219,7 @@ def analyze_layers(
         written[1],
         groups=split,
         title=f"{experiment.name} on {Path(path).stem}: similarity of vision layers\n"
-        f"{found.tokens:,} patch tokens of {found.pictures:,} pictures",
+        f"{found.tokens:,} patch tokens of {found.pictures:,} pictures in prompts",
     )
     return Findings(written, left_out, summary(found, split, last_layer))
 

@@ -72,10 +72,11 @@ def patch_pixels(tiles: Any, image: ImageConfig, vision: VisionConfig) -> jax.Ar
 
 
 def principal_components(x_nxF: np.ndarray, count: int) -> np.ndarray:
-    """The directions [F, count] in which samples vary most, orthonormal."""
+    """The directions [F, count] in which samples vary most, orthonormal; behind the F-th, zeros."""
     centered = np.asarray(x_nxF, np.float64) - x_nxF.mean(axis=0)
     _, directions = np.linalg.eigh(centered.T @ centered)  # ascending
-    return directions[:, ::-1][:, :count].astype(np.float32)
+    most = directions[:, ::-1][:, :count].astype(np.float32)
+    return np.pad(most, ((0, 0), (0, count - most.shape[1])))
 
 
 def layer_features(

@@ -136,23 +136,23 @@ def read_pictures(experiment: Experiment) -> tuple[list[Picture], int]:
     data = dataclasses.replace(experiment.data, captions="")
     pictures, left_out = [], 0
     for part in ("train", "held_out"):
+        found: list[tuple[str, str, str, tuple[Fact, ...]]] = []  # of all files
         for source, (file, _, root) in enumerate(zip(*open_sources(data, part), strict=True)):
-            found: list[tuple[str, str, tuple[Fact, ...]]] = []
             for i in range(len(file)):
                 try:
                     row = file[i]
                     path = one_picture(row)
                     image_size(root, path, experiment.model.image.max_pixels)
-                    found.append((scene_of(row, data.scene), path, tuple(facts(row))))
+                    found.append((scene_of(row, data.scene), root, path, tuple(facts(row))))
                 except Exception as error:
                     if drop_of(error, source, i, "") is None:
                         raise
                     left_out += 1
-            scenes = [scene for scene, *_ in found]
-            choosing = held_out_scenes(scenes, CHOOSE) if part == "train" else set()
-            for scene, path, known in found:
-                use = "score" if part == "held_out" else "choose" if scene in choosing else "fit"
-                pictures.append(Picture(root, path, known, use))
+        scenes = [scene for scene, *_ in found]
+        choosing = held_out_scenes(scenes, CHOOSE) if part == "train" else set()
+        for scene, root, path, known in found:
+            use = "score" if part == "held_out" else "choose" if scene in choosing else "fit"
+            pictures.append(Picture(root, path, known, use))
     for use, what in (("fit", "trained on"), ("score", "held out")):
         if not any(picture.use == use for picture in pictures):
             raise ProbeError(f"{experiment.name}: no row that was {what} can be used")
@@ -240,7 +240,7 @@ def score(features: np.ndarray, pictures: list[Picture], layers: tuple[str, ...]
     are filled up to the same number.
     """
     asked = [(i, fact) for i, picture in enumerate(pictures) for fact in picture.facts]
-    words = sorted({fact.word for _, fact in asked})
+    words = _readable(pictures)
     category = {fact.word: fact.category for _, fact in asked}
     classes = max(fact.value for _, fact in asked) + 1
     samples = max(Counter(fact.word for _, fact in asked).values())
@@ -272,3 +272,17 @@ def score(features: np.ndarray, pictures: list[Picture], layers: tuple[str, ...]
         commonest=np.array([commonest[name] for name in names]) / totals,
         scored=totals,
     )
+
+
+def _readable(pictures: Sequence[Picture]) -> list[str]:
+    """The words that a read-out can be fitted to and chosen for; says which ones it cannot."""
+    uses: dict[str, set[str]] = {}
+    for picture in pictures:
+        for fact in picture.facts:
+            uses.setdefault(fact.word, set()).add(picture.use)
+    words = sorted(word for word, found in uses.items() if {"fit", "choose"} <= found)
+    if rare := sorted(set(uses) - set(words)):
+        print(f"left out, since too few scenes of the training files have it: {', '.join(rare)}")
+    if not words:
+        raise ProbeError("no word is in enough scenes to be read out: give more training pictures")
+    return words

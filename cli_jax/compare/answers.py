@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from cli_jax.compare.config import HELD_OUT, Comparison, EvalSetConfig
 from cli_jax.compare.runs import Run, predictions_name, result_name
 from cli_jax.compare.splits import scenes_of
 from cli_jax.experiment import ConfigError
+from cli_jax.output import read_json
 from cli_jax.train.workdir import read_lines
 
 
@@ -53,7 +53,7 @@ def unasked(comparison: Comparison, folder: Path, runs: Sequence[Run]) -> dict[s
     for name in (*comparison.eval_files, *held_out):
         paths = [run.workdir(folder) / result_name(name) for run in runs]
         counts = {
-            str(path.relative_to(folder)): len(json.loads(path.read_text())["bad_rows"])
+            str(path.relative_to(folder)): len(read_json(path)["bad_rows"])
             for path in paths
             if path.is_file()
         }

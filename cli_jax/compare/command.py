@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from cli_jax.compare.runs import (
 from cli_jax.compare.summary import choose
 from cli_jax.experiment import ConfigError
 from cli_jax.hf.error import ConversionError
-from cli_jax.output import writable_folder, write_json
+from cli_jax.output import read_json, writable_folder, write_json
 from cli_jax.train.checkpoint import CheckpointError
 from cli_jax.train.initial import load_initial
 from cli_jax.train.loop import TrainingError
@@ -131,7 +130,7 @@ def _run(comparison: Comparison, folder: Path, run: Run, what: str, progress: Pr
         draw_gates(comparison, folder, run)
     if new:
         scores = [
-            (name, json.loads((workdir / result_name(name)).read_text())["overall"]["exact_match"])
+            (name, read_json(workdir / result_name(name))["overall"]["exact_match"])
             for name in names
         ]
         progress.say(f"{run}: " + ", ".join(f"{name} {score:.1%}" for name, score in scores))

@@ -2,7 +2,8 @@
 
 Everything outside of `compare` is the base experiment that all arms share. An arm changes the
 fusion strategy, the routing, the projector's width or the optimizer, and nothing else; the checks
-are here.
+are here. Of the base, `seed`, `total_steps`, `eval.path` and `eval.limit` play no part, since every
+run has its own, and checkpoints are kept as the held-out curve needs them.
 """
 
 from __future__ import annotations

@@ -41,6 +41,21 @@ def contrasts(comparison: Comparison, folder: Path) -> list[Json]:
     return found
 
 
+def open_contrasts(comparison: Comparison, found: Sequence[Json]) -> list[str]:
+    """The contrasts without a finished pair, on any data fraction."""
+    settings, done = comparison.settings, {(each["contrast"], each["fraction"]) for each in found}
+    return [
+        f"{_name(contrast)}, {fraction:.0%} of the data"
+        for fraction in settings.fractions
+        for contrast in settings.contrasts
+        if (_name(contrast), fraction) not in done
+    ]
+
+
+def _name(contrast: ContrastConfig) -> str:
+    return f"{contrast.arm} − {contrast.against}"
+
+
 def _pairs(
     comparison: Comparison, folder: Path, contrast: ContrastConfig, encoder: str, fraction: float
 ) -> list[_Pair]:
@@ -70,4 +85,4 @@ def _row(
         difference = own.correct_SxQ - against.correct_SxQ
         found = interval(difference, own.scenes, draws=comparison.settings.draws)
         sets[each.name] = found._asdict() | {"by_pair": difference.mean(axis=1).tolist()}
-    return {"contrast": f"{contrast.arm} − {contrast.against}", "pairs": len(pairs), "sets": sets}
+    return {"contrast": _name(contrast), "pairs": len(pairs), "sets": sets}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from etils import epath
 from cli_jax.analysis.plots import new_figure, save, smooth
 from cli_jax.compare.config import HELD_OUT, Comparison
 from cli_jax.compare.runs import Run, result_name
+from cli_jax.output import read_json
 from cli_jax.train import metrics
 from cli_jax.train.workdir import read_lines
 
@@ -182,7 +182,7 @@ def read_curves(comparison: Comparison, folder: Path, cell: Json) -> list[Curves
             workdir = run.workdir(folder)
             held_out.append(
                 {
-                    step: 100 * json.loads((workdir / name).read_text())["overall"]["exact_match"]
+                    step: 100 * read_json(workdir / name)["overall"]["exact_match"]
                     for step, name in files.items()
                     if (workdir / name).is_file()
                 }

@@ -16,7 +16,7 @@ from typing import Any
 
 from cli_jax.compare.config import Comparison
 from cli_jax.experiment import ConfigError
-from cli_jax.output import write_json
+from cli_jax.output import read_json, write_json
 from cli_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from cli_jax.train.checkpoint import find_step
 from cli_jax.train.workdir import git_revision
@@ -63,7 +63,7 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: give the --output folder of a comparison")
-    found = json.loads(path.read_text())
+    found = read_json(path)
     content = {k: v for k, v in found.items() if k not in ("hash", "written", "revision")}
     if digest(content) != found.get("hash"):
         raise ConfigError(f"{path} was edited after it was fixed: give a new --output folder")

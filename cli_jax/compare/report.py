@@ -8,7 +8,7 @@ from typing import Any
 
 from cli_jax.compare import plots, protocol
 from cli_jax.compare.config import Comparison, from_config
-from cli_jax.compare.contrasts import contrasts
+from cli_jax.compare.contrasts import contrasts, open_contrasts
 from cli_jax.compare.runs import Run
 from cli_jax.compare.summary import summarize
 from cli_jax.compare.table import cell_name, markdown
@@ -23,6 +23,7 @@ def report(folder: Path) -> list[Path]:
     comparison = from_config(fixed["config"], folder)
     results = summarize(comparison, folder, fixed)
     results["contrasts"] = contrasts(comparison, folder)
+    results["open_contrasts"] = open_contrasts(comparison, results["contrasts"])
     figures = {
         cell_name(cell): _draw(comparison, folder, results, cell) for cell in results["cells"]
     }

@@ -21,7 +21,7 @@ from cli_jax.data.parts import PartOf, in_order, scene_of
 from cli_jax.data.sources import RowError, image_root_of, open_sources
 from cli_jax.evaluate.prompts import read_questions
 from cli_jax.experiment import ConfigError, SourceConfig
-from cli_jax.output import write_file
+from cli_jax.output import read_json, write_file
 from cli_jax.text.conversation import ConversationError, exchanges
 
 FOLDER = "splits"
@@ -177,7 +177,7 @@ def eval_file(comparison: Comparison, folder: Path, name: str) -> tuple[str, str
 
 def scenes_of(folder: Path, name: str) -> tuple[list[str], list[str]]:
     """(scene, category) of every question of an evaluation file, in its order."""
-    noted = json.loads((folder / FOLDER / noted_name(name)).read_text())
+    noted = read_json(folder / FOLDER / noted_name(name))
     return noted["scenes"], noted["categories"]
 
 

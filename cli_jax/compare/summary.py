@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from cli_jax.compare.answers import Answers, is_finished, read_answers, unasked
 from cli_jax.compare.bootstrap import interval
 from cli_jax.compare.config import HELD_OUT, Comparison
 from cli_jax.compare.runs import FAILED, STAGES, TRAINED, Run, plan, result_name
+from cli_jax.output import read_json
 
 Json = dict[str, Any]
 COSTS = ("parameters", "trained_parameters", "forward_flops", "update_flops")
@@ -40,7 +41,7 @@ def choose(comparison: Comparison, folder: Path, encoder: str, fraction: float) 
             runs = [Run(encoder, fraction, seed, arm) for seed in comparison.settings.seeds]
             files = [run.workdir(folder) / result_name(HELD_OUT) for run in runs]
             if all(file.is_file() for file in files):
-                scores[arm] = [_read(file)["overall"]["exact_match"] for file in files]
+                scores[arm] = [read_json(file)["overall"]["exact_match"] for file in files]
         if len(scores) == len(select.arms):
             best = max(scores, key=lambda arm: statistics.mean(scores[arm]))
             found.append(Choice(select.name, best, scores))
@@ -53,13 +54,7 @@ def summarize(comparison: Comparison, folder: Path, protocol: Json) -> Json:
     return {
         "name": comparison.base.name,
         "protocol": protocol["hash"],
-        "revisions": sorted(
-            {
-                each
-                for run in _run_files(folder)
-                for each in (run["revision"], *run["earlier_revisions"])
-            }
-        ),
+        "revisions": _revisions(folder),
         "devices": sorted({run["devices"] for run in _run_files(folder)}),
         "baseline": settings.baseline,
         "seeds": list(settings.seeds),
@@ -97,7 +92,7 @@ def _cell(comparison: Comparison, folder: Path, encoder: str, fraction: float) -
             if select.name not in {choice.name for choice in choices}
         ],
         "failed": [
-            _read(path)
+            read_json(path)
             for path in sorted((folder / "runs" / encoder / f"{fraction:g}").glob(f"*/*/{FAILED}"))
         ],
         "selections": [dataclasses.asdict(choice) for choice in choices],
@@ -123,12 +118,12 @@ def _row(
     }
     if not own:
         return row
-    costs = [_read(run.workdir(folder) / TRAINED) for run in own.values()]
+    costs = [read_json(run.workdir(folder) / TRAINED) for run in own.values()]
     row |= {name: costs[0][name] for name in COSTS}
     row["samples"] = [cost["samples"] for cost in costs]
     if settings.stage1.steps:
         first = next(iter(own.values())).folder(folder) / STAGES[0] / TRAINED
-        row["stage1_trained_parameters"] = _read(first)["trained_parameters"]
+        row["stage1_trained_parameters"] = read_json(first)["trained_parameters"]
     times = [cost["seconds_per_update"] for cost in costs if cost["seconds_per_update"]]
     row["seconds_per_update"] = statistics.median(times) if times else None
     row["sets"] = {}
@@ -143,7 +138,7 @@ def _row(
             )
         row["sets"][each.name] = _scores(answers, pair, settings.draws)
     if comparison.base.data.held_out:
-        results = [_read(run.workdir(folder) / result_name(HELD_OUT)) for run in own.values()]
+        results = [read_json(run.workdir(folder) / result_name(HELD_OUT)) for run in own.values()]
         row["held_out"] = _spread([each["overall"]["exact_match"] for each in results])
     return row
 
@@ -179,8 +174,12 @@ def _spread(values: list[float]) -> Json:
 
 
 def _run_files(folder: Path) -> list[Json]:
-    return [_read(path) for path in sorted((folder / "runs").glob("*/*/*/*/stage*/run.json"))]
+    return [read_json(path) for path in sorted((folder / "runs").glob("*/*/*/*/stage*/run.json"))]
 
 
-def _read(path: Path) -> Json:
-    return json.loads(path.read_text())
+def _revisions(folder: Path) -> list[str]:
+    """The code that has trained the runs, and that has asked them."""
+    trained = [(run["revision"], *run["earlier_revisions"]) for run in _run_files(folder)]
+    files = (folder / "runs").glob("*/*/*/*/stage*/results_*.json")
+    asked = [found["revision"] for found in map(read_json, files) if "revision" in found]
+    return sorted({*itertools.chain(*trained), *asked})

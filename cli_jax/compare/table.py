@@ -25,6 +25,8 @@ def markdown(results: Json, figures: dict[str, list[tuple[str, str]]]) -> str:
     blocks = [f"# {results['name']}", _header(results)]
     if results["contrasts"]:
         blocks += ["## Contrasts", _contrasts_table(results["contrasts"])]
+    if results["open_contrasts"]:
+        blocks.append(f"**Not finished: {'; '.join(results['open_contrasts'])}.**")
     for cell in results["cells"]:
         blocks += _cell(results, cell, figures.get(cell_name(cell), []))
     return "\n\n".join(blocks) + "\n"
@@ -86,6 +88,7 @@ def _cell(results: Json, cell: Json, figures: list[tuple[str, str]]) -> list[str
             f"comparable (`samples` in results.json; rows may be too long for some arms).**"
         )
     if cell["rows"]:
+        blocks.append(_asked(cell["rows"][0]["sets"]))
         blocks.append(_main_table(results, cell["rows"]))
         for name in cell["rows"][0]["sets"]:
             if len(cell["rows"][0]["sets"][name]["categories"]) > 1:
@@ -106,6 +109,14 @@ def _cell(results: Json, cell: Json, figures: list[tuple[str, str]]) -> list[str
     if cell["rows"]:
         blocks += ["### What the arms change", _changes_table(cell["rows"])]
     return blocks
+
+
+def _asked(sets: Json) -> str:
+    """How much the intervals of a set rest on: it is scenes that they resample."""
+    return "; ".join(
+        f"{name}: {found['questions']:,} questions about {found['resampled']:,} scenes"
+        for name, found in sets.items()
+    )
 
 
 def _contrasts_table(contrasts: Sequence[Json]) -> str:

@@ -37,6 +37,7 @@ from cli_jax.image.errors import ImageError
 from cli_jax.output import OutputError, writable_folder, write_json
 from cli_jax.parallel.rules import SPLIT_BATCH
 from cli_jax.text import Tokenizer, load_tokenizer, stop_ids
+from cli_jax.train.workdir import git_revision
 
 EXAMPLES = 24  # on the contact sheet
 
@@ -114,6 +115,7 @@ def evaluate(
             "compilations": generator.compilations,
         },
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "revision": git_revision(),
         "seconds": round(time.perf_counter() - begun, 2),
         "versions": versions(),
     }

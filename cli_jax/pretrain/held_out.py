@@ -38,11 +38,15 @@ class HeldOut:
             say(f"held out: {left_out} rows cannot be used")
 
     def __call__(self, setup: Setup, state: TrainState) -> None:
-        """Appends a line, in the place of one that an earlier process wrote of the same step."""
+        """Appends a line in the place of what an earlier process wrote of later steps, unless the
+        last one is of this step."""
         step = int(state.step)
+        lines = read_lines(self._path)
+        if lines and lines[-1]["step"] == step:
+            return
         line = {"step": step, **self.measure(setup, state.params)}
         if jax.process_index() == 0:
-            kept = [old for old in read_lines(self._path) if old["step"] < step]
+            kept = [old for old in lines if old["step"] < step]
             write_lines(self._path, (*kept, line))
         say(
             f"step {step}: {line['retrieval']:.1%} of {line['pictures']} held-out pictures find "

@@ -58,7 +58,8 @@ def train(
     """Trains to `experiment.total_steps`, from the newest checkpoint in `workdir` if there is one.
 
     `data` iterates over this process's rows of each batch and can be saved (`get_state`,
-    `set_state`). `at_save` may measure the state of each checkpoint on the way; `watchers` are told
+    `set_state`). `at_save` may measure the state of each checkpoint on the way, and is told of the
+    one that a run goes on from, too; `watchers` are told
     of every finished update. Raises `TrainingError` on a loss that is not finite.
     """
     folder, revision = prepare(workdir), git_revision()
@@ -75,6 +76,12 @@ def train(
         state = start(setup, checkpoints, data)
         describe(folder, experiment, revision)
         first = step = saved = int(state.step)
+
+        def due(step: int) -> bool:
+            return step % experiment.checkpoint.every == 0 or step == total
+
+        if at_save is not None and first and due(first):
+            at_save(setup, state)  # what a kill between saving and measuring has left open
         if first >= total:
             return Result(setup, state, complete=True)
         with goodput.spent("compile"):
@@ -95,7 +102,7 @@ def train(
             if pending:
                 _finish(*pending, checkpoints, finished)
             pending = (step, metrics)
-            if step % experiment.checkpoint.every == 0 or step == total:
+            if due(step):
                 _finish(*pending, checkpoints, finished)
                 pending = None
                 with watchdog.paused(), goodput.spent("save"):

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from cli_jax import __version__
 from cli_jax.experiment import Experiment, to_dict
-from cli_jax.output import prove_writable, write_json
+from cli_jax.output import damaged, prove_writable, read_json, write_json
 
 LOCK = ".lock"
 
@@ -69,7 +69,7 @@ def describe(folder: epath.Path, experiment: Experiment, revision: str) -> None:
     if jax.process_index():
         return
     path = folder / "run.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = read_json(path) if path.exists() else {}
     earlier = [*before.get("earlier_revisions", []), before.get("revision", revision)]
     run = {
         "revision": revision,
@@ -89,7 +89,10 @@ def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
     """The JSON lines of a file, none if it is missing; one that a kill cut off is left out."""
     path = epath.Path(path)
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise damaged(path, error) from error
 
 
 def git_revision() -> str:

@@ -11,11 +11,12 @@ from cli_jax.analysis.plots import PlotError
 from cli_jax.compare import command, plots, protocol, splits
 from cli_jax.compare.bootstrap import interval
 from cli_jax.compare.config import from_config
-from cli_jax.compare.contrasts import contrasts
+from cli_jax.compare.contrasts import contrasts, open_contrasts
 from cli_jax.compare.report import report
 from cli_jax.compare.runs import Run
 from cli_jax.compare.summary import choose, summarize
 from cli_jax.compare.table import markdown
+from cli_jax.output import OutputError
 
 # Right (1) or wrong of the 12 questions, a color and a count for each of 6 pictures, by seed.
 RIGHT = {
@@ -68,7 +69,11 @@ def folder(tmp_path):
 def summary(folder):
     fixed = protocol.read(folder)
     comparison = from_config(fixed["config"], folder)
-    return summarize(comparison, folder, fixed) | {"contrasts": contrasts(comparison, folder)}
+    found = contrasts(comparison, folder)
+    return summarize(comparison, folder, fixed) | {
+        "contrasts": found,
+        "open_contrasts": open_contrasts(comparison, found),
+    }
 
 
 def test_the_numbers(folder):
@@ -183,6 +188,8 @@ def test_the_text_says_it_all(folder):
     assert '`{"fusion": {"name": "none", "none": {"vision_layer": 1}}}` |' in text
     assert "Steps: 2 in stage 1, 4 in stage 2, of 4 rows. Seeds: 0, 1." in text
     assert "The code changed between runs" not in text
+    assert "val: 12 questions about 6 scenes; colors: 6 questions about 6 scenes" in lines
+    assert "Not finished" not in text
 
 
 def test_other_code_in_some_runs_is_said(folder):
@@ -193,6 +200,24 @@ def test_other_code_in_some_runs_is_said(folder):
     ):
         path.write_text(json.dumps({**later, "devices": "1 x cpu"}))
         assert "**The code changed between runs" in markdown(summary(folder), {})
+    path.write_text(json.dumps({"revision": "abc", "earlier_revisions": [], "devices": "1 x cpu"}))
+    assert "The code changed between runs" not in markdown(summary(folder), {})
+    asked = {"bad_rows": [], "revision": "abd"}  # trained by one, asked by the other
+    (path.parent / "results_val.json").write_text(json.dumps(asked))
+    assert "**The code changed between runs" in markdown(summary(folder), {})
+
+
+def test_a_contrast_of_an_open_selection_is_listed(folder):
+    (Run("random", 1.0, 1, "layer_1").workdir(folder) / "results_held_out.json").unlink()
+    text = markdown(summary(folder), {})
+    assert "**Not finished: cli − best layer, 100% of the data.**" in text.splitlines()
+
+
+def test_a_damaged_file_is_named(folder):
+    path = folder / protocol.FILE
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(OutputError, match=r"protocol\.json is damaged .*begin in a new folder"):
+        report(folder)
 
 
 def test_figures_are_drawn_of_the_same(folder):

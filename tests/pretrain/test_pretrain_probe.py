@@ -182,6 +182,10 @@ def test_principal_components():
     found = principal_components(x.astype(np.float32), 3)
     np.testing.assert_allclose(found.T @ found, np.eye(3), atol=1e-5)
     assert np.abs(found).argmax(axis=0).tolist() == [1, 4, 2]
+    wider = principal_components(x.astype(np.float32), 8)  # a tower wider than its patches
+    assert wider.shape == (6, 8)
+    np.testing.assert_array_equal(wider[:, :3], found)
+    assert not wider[:, 6:].any()
 
 
 def test_batches_are_filled_up():
@@ -219,6 +223,40 @@ def test_pictures_are_used_for_one_thing_each(workdir):
     assert not scenes["fit"] & scenes["score"]
     assert not scenes["fit"] & scenes["choose"]
     assert not scenes["choose"] & scenes["score"]
+
+
+def test_a_scene_of_two_files_is_used_for_one_thing(workdir, tmp_path):
+    experiment = load(workdir)
+    (source,) = experiment.data.train
+    file = RowFile(source.path)
+    rows = [file[i] for i in range(len(file))]
+    root = source.image_root or str(Path(source.path).parent)
+    halves = []
+    for i, some in enumerate((rows[0::2], rows[1::4])):  # all scenes, and half of them once more
+        path = tmp_path / f"{i}.json"
+        path.write_text(json.dumps(some))
+        halves.append(dataclasses.replace(source, path=str(path), image_root=root))
+    data = dataclasses.replace(experiment.data, train=tuple(halves))
+    found, _ = read_pictures(dataclasses.replace(experiment, data=data))
+    uses = {}
+    for picture in found:
+        uses.setdefault(picture.path.split("-")[0], set()).add(picture.use)
+    assert len(uses) == 120
+    assert all(len(each) == 1 for each in uses.values())
+
+
+def test_words_of_too_few_scenes_are_left_out_by_name(capsys):
+    given = pictures()
+    rare = Fact("colour", "mauve", 0, 3, 1)
+    given[0] = dataclasses.replace(given[0], facts=(*given[0].facts, rare), use="score")
+    features = np.random.default_rng(1).normal(size=(1, len(given), 3, 4)).astype(np.float32)
+    found = score(features, given, ("0",))
+    assert "too few scenes of the training files have it: mauve" in capsys.readouterr().out
+    asked = [f for p in given if p.use == "score" for f in p.facts if f.category == "colour"]
+    assert found.scored[0] == len(asked) - 1
+    alone = dataclasses.replace(given[0], facts=(rare,))
+    with pytest.raises(ProbeError, match="no word is in enough scenes"):
+        score(features[:, :1], [alone], ("0",))
 
 
 def test_the_command_probes_every_layer(workdir, tmp_path, capsys):

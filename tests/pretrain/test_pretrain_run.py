@@ -12,7 +12,7 @@ from cli_jax.dryrun.run import dry_run
 from cli_jax.evaluate.workdir import open_run
 from cli_jax.experiment import ConfigError, from_dict, load, to_dict
 from cli_jax.hf.workdir import open_workdir
-from cli_jax.pretrain.held_out import retrieval
+from cli_jax.pretrain.held_out import HeldOut, retrieval
 from cli_jax.train import loop
 from cli_jax.train.checkpoint import FOLDER, load_params
 from cli_jax.train.initial import init_state, load_initial
@@ -107,6 +107,11 @@ def test_a_run_that_was_killed_ends_in_the_same_bits(go, workdir, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.Loader, "__next__", fails_at_the_end)
+        with pytest.raises(RuntimeError, match="killed"):
+            go(tmp_path)
+    assert len(lines(tmp_path, "held_out.jsonl")) == 1
+    with monkeypatch.context() as patch:  # once more, between the last save and its measurement
+        patch.setattr(HeldOut, "measure", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
         with pytest.raises(RuntimeError, match="killed"):
             go(tmp_path)
     assert len(lines(tmp_path, "held_out.jsonl")) == 1

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from etils import epath
 
+from cli_jax.experiment import ConfigError, load
 from cli_jax.output import (
     OutputError,
+    read_json,
     writable_folder,
     write_arrays,
     write_file,
     write_json,
     write_lines,
 )
+from cli_jax.train.workdir import read_lines
 
 
 @pytest.fixture
@@ -65,3 +68,21 @@ def test_a_full_disk_is_noticed_before_any_work(tmp_path, full_disk):
     with pytest.raises(OutputError, match=r"cannot write to .*/out: No space left"):
         writable_folder(tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_damaged_file_is_one_message(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"model": ')
+    with pytest.raises(OutputError, match=r"config\.json is damaged \(.*new folder"):
+        read_json(path)
+    with pytest.raises(OutputError, match=r"config\.json is damaged"):
+        load(tmp_path)
+    path.write_text('{"fusion": {"name": "none"}}')
+    with pytest.raises(ConfigError, match=r"config\.model is missing"):
+        load(tmp_path)
+    lines = tmp_path / "metrics.jsonl"
+    lines.write_text('{"step": 1}\n\0\0\n{"step": 2')
+    with pytest.raises(OutputError, match=r"metrics\.jsonl is damaged"):
+        read_lines(lines)
+    lines.write_text('{"step": 1}\n{"step": 2')
+    assert read_lines(lines) == [{"step": 1}]
