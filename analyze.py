@@ -159,8 +159,10 @@ def _compare(args: argparse.Namespace) -> None:
     if args.report_only:
         if args.config or args.changes:
             raise ConfigError("--report_only reports what --output holds: give no --config")
-        written = redraw(args.output)
+        written = redraw(args.output, args.resample)
     else:
+        if args.resample:
+            raise ConfigError("--resample goes with --report_only: runs do not depend on it")
         if not args.config:
             raise ConfigError("--config is required, e.g. configs/compare_meter.py")
         config = read_config(args.config, args.changes)
@@ -208,6 +210,13 @@ def _parser() -> argparse.ArgumentParser:
         "--report_only",
         action="store_true",
         help="report what is finished in --output, no training",
+    )
+    compare.add_argument(
+        "--resample",
+        metavar="PATTERN",
+        default="",
+        help="with --report_only: intervals for what scenes have in common, by their names without "
+        "what this regular expression finds in them",
     )
     return parser
 

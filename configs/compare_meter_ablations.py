@@ -13,7 +13,7 @@ layers 0 and 1 see all tokens, layer 2 text, layer 3 both; unlike in the paper e
 trained. Strategies that cannot use the projector of `none` learn theirs anew.
 
 Hardware: 2 CPU cores, a process on each.
-Time: 86 minutes for the 44 runs (2026-11-22).
+Time: 85 minutes for the 44 runs (2026-11-22).
 Expected result: cli - none on val_seen +1.5 points [-0.2, +3.3], cli_early_tap the same, with gates
 of their own per vision layer +2.3 [+0.6, +4.0], sli_1 +4.2 [+1.9, +6.6] (docs/results.md).
 """

@@ -10,7 +10,7 @@ Everything but arms and seeds is that of compare_meter_ablations.py, which left 
   place through the shared projector, rank 8 and a gate; `tap_1` has no gate; `tap_1_full` has
   rank 96, the width of the tower, so its branch is any linear map.
 - On held-out training pictures gates of their own per vision layer were the best of the `cli` arms
-  (`cli_per_pair`), gates that read the question among the better ones (`cli_prompt`). Here both
+  (`cli_per_pair`); gates that read the question (`cli_prompt`) were second on val_seen. Here both
   and their sum are tried on seeds that had no part in the choice.
 
 Hardware: 2 CPU cores, a process on each.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def read_answers(
     """The answers of finished runs to the questions of a set, in the file's order."""
     file = comparison.file_of(eval_set)
     scenes, categories = scenes_of(folder, file)
+    scenes = [re.sub(comparison.resample, "", scene) for scene in scenes]
     wanted = [i for i, c in enumerate(categories) if c in (eval_set.categories or categories)]
     rows = []
     for run in runs:

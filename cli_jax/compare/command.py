@@ -63,13 +63,13 @@ def _fix(comparison: Comparison, folder: Path) -> None:
     print(f"protocol {fixed['hash'][:12]} in {folder / protocol.FILE}")
 
 
-def redraw(output: str | Path) -> list[Path]:
-    """The report of what is there so far; trains and asks nothing."""
+def redraw(output: str | Path, resample: str = "") -> list[Path]:
+    """The report of what is there so far; trains and asks nothing. resample: see `report`."""
     require_matplotlib()
     folder = Path(output).absolute()
     protocol.read(folder)  # before a lock is left in some other folder
     with in_turn(folder):
-        return report(folder)
+        return report(folder, resample)
 
 
 def _run_all(comparison: Comparison, folder: Path) -> None:

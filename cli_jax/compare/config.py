@@ -113,11 +113,15 @@ class CompareConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A checked comparison. `raw`: the config as plain JSON; `base`: with absolute paths."""
+    """A checked comparison. `raw`: the config as plain JSON; `base`: with absolute paths.
+
+    `resample` is a report's: scenes whose names are equal without what it finds are drawn as one.
+    """
 
     raw: dict[str, Any]
     base: Experiment
     settings: CompareConfig
+    resample: str = ""
 
     def arm(self, name: str) -> ArmConfig:
         return next(arm for arm in self.settings.arms if arm.name == name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,23 @@ from cli_jax.compare.contrasts import contrasts, open_contrasts
 from cli_jax.compare.runs import Run
 from cli_jax.compare.summary import summarize
 from cli_jax.compare.table import cell_name, markdown
+from cli_jax.experiment import ConfigError
 from cli_jax.output import write_file, write_json
 
 FIGURES = "figures"
 
 
-def report(folder: Path) -> list[Path]:
-    """Writes the report of what is finished in a comparison's folder; returns its files."""
+def report(folder: Path, resample: str = "") -> list[Path]:
+    """Writes the report of what is finished in a comparison's folder; returns its files.
+
+    resample: see Comparison; ConfigError if it is no regular expression.
+    """
     fixed = protocol.read(folder)
-    comparison = from_config(fixed["config"], folder)
+    try:
+        re.compile(resample)
+    except re.error as error:
+        raise ConfigError(f"--resample={resample!r} is no regular expression: {error}") from None
+    comparison = dataclasses.replace(from_config(fixed["config"], folder), resample=resample)
     results = summarize(comparison, folder, fixed)
     results["contrasts"] = contrasts(comparison, folder)
     results["open_contrasts"] = open_contrasts(comparison, results["contrasts"])

@@ -64,6 +64,7 @@ def summarize(comparison: Comparison, folder: Path, protocol: Json) -> Json:
         "splits": protocol["splits"],
         "encoders": protocol["encoders"],
         "draws": settings.draws,
+        "resample": comparison.resample,
         "unasked": unasked(comparison, folder, plan(settings)),
         "cells": [
             _cell(comparison, folder, encoder.name, fraction)

@@ -11,7 +11,7 @@ Json = dict[str, Any]
 _NOTES = """\
 ± is the standard deviation over seeds. A difference is arm - {baseline} on the same questions, in \
 percentage points, with a 95% interval from {draws:,} bootstrap draws that resample seeds and \
-scenes (not questions). With few seeds such intervals are too \
+{scenes} (not questions). With few seeds such intervals are too \
 narrow, and with one they say nothing about seeds. Where the interval holds 0, no difference was \
 shown.
 
@@ -58,6 +58,9 @@ def _header(results: Json) -> str:
     notes = _NOTES.format(
         baseline=results["baseline"],
         draws=results["draws"],
+        scenes=f"scenes by their names without `{found}`"
+        if (found := results["resample"])
+        else "scenes",
         devices=" and ".join(results["devices"]) or "nothing yet",
     )
     return "\n".join(lines) + "\n\n" + notes

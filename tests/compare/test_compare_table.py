@@ -16,6 +16,7 @@ from cli_jax.compare.report import report
 from cli_jax.compare.runs import Run
 from cli_jax.compare.summary import choose, summarize
 from cli_jax.compare.table import markdown
+from cli_jax.experiment import ConfigError
 from cli_jax.output import OutputError
 
 # Right (1) or wrong of the 12 questions, a color and a count for each of 6 pictures, by seed.
@@ -211,6 +212,23 @@ def test_a_contrast_of_an_open_selection_is_listed(folder):
     (Run("random", 1.0, 1, "layer_1").workdir(folder) / "results_held_out.json").unlink()
     text = markdown(summary(folder), {})
     assert "**Not finished: cli − best layer, 100% of the data.**" in text.splitlines()
+
+
+def test_scenes_can_be_resampled_together(folder):
+    """The pictures are sceneN-M.png: by their names without M there are fewer, and all in one."""
+    names, _ = splits.scenes_of(folder, "val")
+    for pattern, units in ((r"-\d\.png$", len({n[:-6] for n in names})), (".*", 1)):
+        report(folder, pattern)
+        results = json.loads((folder / "results.json").read_text())
+        found = results["cells"][0]["rows"][1]["sets"]["val"]
+        assert found["resampled"] == units < len(set(names))
+        assert found["difference"]["mean"] == pytest.approx(3 / 24)
+    assert found["interval"] == [found["by_seed"][1], found["by_seed"][0]]  # only seeds are drawn
+    assert (
+        "scenes by their names without `.*` (not questions)" in (folder / "results.md").read_text()
+    )
+    with pytest.raises(ConfigError, match=r"--resample='\(' is no regular expression"):
+        report(folder, "(")
 
 
 def test_a_damaged_file_is_named(folder):
