@@ -232,7 +232,9 @@ def _check_model(model: ModelConfig) -> None:
         strategy.decoder_layers(config, model.text)
         strategy.extras(config, model)
     except ValueError as error:
-        raise ConfigError(f"config.fusion.{model.fusion_name}: {error}") from error
+        own = str(error).startswith("fusion.")  # it names its key
+        where = "config." if own else f"config.fusion.{model.fusion_name}: "
+        raise ConfigError(f"{where}{error}") from error
     if not model.has_newline and kinds & {"anyres", "pad_newline"}:
         raise ConfigError(
             f"config.model.has_newline=False, but pictures get newline tokens with "

@@ -142,7 +142,7 @@ def test_published_model_has_the_usual_six_flops_a_token_and_weight():
 
 @pytest.mark.parametrize("name", sorted(registry.STRATEGIES))
 def test_every_strategy_counts_itself(name):
-    model = experiment({"name": name}, True).model
+    model = experiment({"name": name, "deepstack": {"stacks": 3}}, True).model
     counted = registry.of(model).flops(model.fusion, model, Row(64, 32, 2))
     assert counted["fusion" if name == "layer_concat" else "projector"] > 0
     assert set(counted) <= set(flops.PARTS)

@@ -106,6 +106,8 @@ def test_config_survives_json(entry):
     name = tiny.name_of(entry.config)
     base = train_tiny.config()
     base["fusion"] = {"name": name, name: dataclasses.asdict(entry.config)}
+    for part in ("vision", "text", "image"):
+        base["model"][part] = dataclasses.asdict(getattr(tiny.config_of(entry.config), part))
     experiment = from_dict(base)
     assert experiment.model.fusion == entry.config
     assert from_dict(to_dict(experiment)) == experiment

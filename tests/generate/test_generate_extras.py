@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cli_jax.evaluate.prompts import load_prompts, prompt_spec, read_questions
+from cli_jax.fusion import registry
 from cli_jax.fusion.deepstack import DeepStackConfig
 from cli_jax.generate.buckets import batches
 from cli_jax.generate.engine import Generator
@@ -17,8 +18,10 @@ NEW = 3
 
 
 def experiment_of(folder, fusion):
-    base = small.make_experiment(folder, **fusion)
-    model = base.model
+    base = small.make_experiment(folder)
+    name, settings = fusion["name"], {k: v for k, v in fusion.items() if k != "name"}
+    strategy = registry.get(name).Config(**settings)
+    model = dataclasses.replace(base.model, fusion_name=name, fusion=strategy)
     vision = dataclasses.replace(model.vision, image_size=16, num_hidden_layers=3)  # 16 patches
     sides = [(16 * i, 16 * j) for i in (1, 2) for j in (1, 2)]
     image = dataclasses.replace(model.image, grid_pinpoints=tuple(sides))

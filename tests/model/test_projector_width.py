@@ -4,11 +4,14 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from cli_jax.config import ComputeConfig, ModelConfig
 from cli_jax.dryrun.flops import forward
 from cli_jax.fusion.base import Row
+from cli_jax.fusion.deepstack import DeepStackConfig
 from cli_jax.fusion.none import NoneConfig
+from cli_jax.fusion.sli import SLIConfig
 from cli_jax.model.vlm import build
 from tests.fusion import tiny
 from tests.fusion.restatement import float64, projected
@@ -51,6 +54,17 @@ def test_its_parameters_and_flops_are_counted():
     per_width = 2 * (2 * VISION.num_patches * V + 12 * D) + 8 * 12
     assert forward(WIDE, row)["projector"] == 40 * per_width
     assert forward(plain, row)["projector"] == D * per_width
+
+
+@pytest.mark.parametrize("strategy", [DeepStackConfig(stacks=4), SLIConfig(taps=(1, 2))])
+def test_strategies_that_project_more_count_it_too(strategy):
+    name = tiny.name_of(strategy)
+
+    def flops(width):
+        config = dataclasses.replace(WIDE, fusion_name=name, fusion=strategy, projector_width=width)
+        return forward(config, Row(length=30, visual=12, tiles=2, images=2))["projector"]
+
+    assert flops(40) / flops(0) == 40 / tiny.TEXT.hidden_size
 
 
 def _shapes(config):
