@@ -210,3 +210,16 @@ def test_prompts_are_batched_with_them(tmp_path, image, extras):
             used = (group.batch["stack_weight"][row] > 0).sum()
             assert used == (prompts[number][1].stack_weight > 0).sum()
     assert sorted(numbers) == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "extras", "message"),
+    [
+        ({"tiles_per_row": -1}, Extras(), r"data\.tiles_per_row is negative"),
+        ({"images_per_row": 0}, Extras(stacks=4), r"data\.images_per_row=0: deepstack needs room"),
+    ],
+)
+def test_sizes_that_hold_nothing_are_refused(changes, extras, message):
+    data = dataclasses.replace(small.DATA, **changes)
+    with pytest.raises(ConfigError, match=message):
+        Sizes.from_config(data, small.VISION, 1, extras)
