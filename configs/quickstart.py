@@ -6,7 +6,7 @@ Makes its data first (cli_jax/demo/digits.py), trains, answers the test question
 results.json, predictions.jsonl, examples.png, loss.png and gates.png in the workdir.
 
 Hardware: 2 CPU cores, 4 GB of memory (2.1 GB used); seeds 1 and 2 were run on one core.
-Time: 4 min 40 s with installation (2026-11-21).
+Time: 5 minutes with installation (4 min 40 s on 2026-11-21, 4 min 57 s a day later).
 Expected result: 77.5% of 600 test questions (seeds 0, 1 and 2 with an earlier compiler option: 75.7
 to 79.7%; places 84 to 90%, counts 66 to 70%). Always the commonest answer: 21.8%; with blanked
 pictures 17.7%.
