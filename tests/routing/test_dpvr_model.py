@@ -60,7 +60,7 @@ def test_the_last_layer_behind_an_idle_branch_is_the_ordinary_decoder(fusion):
     plain = {name: leaf for name, leaf in params.items() if name != "routing"}
     ordinary, _ = tiny.forward(fusion)(plain, tiny.packed())
     text = case.is_text(batch)
-    close(logits[text], ordinary[text], 2e-6)
+    close(logits[text], ordinary[text], 4e-6)
     busy = case.forward(LAST, fusion)(case.redrawn(fusion), batch)
     assert np.abs(busy - logits)[text].max() > 0.1
 
