@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +27,7 @@ KINDS = {
     "init": "setting up, restoring, loading weights",
     "compile": "compiling the update",
     "step": "updates",
-    "data": "waiting for data",
+    "data": "waiting for data, nothing to compute",
     "save": "waiting for checkpoints",
     "measure": "measuring on held-out data",
     "restart": "lost: done again, or no process",
@@ -56,6 +57,33 @@ class Goodput:
             yield
         finally:
             self._switch(self._rest)
+
+    @contextlib.contextmanager
+    def fetching(self, running: Any) -> Iterator[None]:
+        """Counts the block as waiting for data, but not while the update before it still runs.
+
+        running: what that update returns, or None. A thread waits for it, since a batch may be made
+        in the very time that the device computes; an error of it is the loop's to see.
+        """
+        ended: list[float] = []
+
+        def wait() -> None:
+            with contextlib.suppress(Exception):
+                jax.block_until_ready(running)
+            ended.append(time.perf_counter())
+
+        self._switch("data")
+        begun = self._since
+        if running is not None:
+            threading.Thread(target=wait, daemon=True).start()
+        try:
+            yield
+        finally:
+            self._switch(self._rest)
+            busy_until = begun if running is None else min([*ended, self._since])
+            busy = max(0.0, busy_until - begun)
+            self._seconds["data"] -= busy
+            self._seconds["step"] = self._seconds.get("step", 0.0) + busy
 
     def begin(self, step: int) -> None:
         """The updates after `step` follow; reads what earlier processes have left."""

@@ -94,7 +94,7 @@ def train(
         finished = (log.done, goodput.done, profile.done, watchdog.done, *watchers)
         pending: tuple[int, Any] | None = None
         while step < total and not interrupt.requested(step):
-            with goodput.spent("data"):
+            with goodput.fetching(pending):
                 rows = next(data)
             step += 1
             with profile.update(step):
