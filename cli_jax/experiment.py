@@ -177,10 +177,8 @@ def from_dict(config: Mapping[str, Any]) -> Experiment:
     config = plain(config)
     known = {f.name for f in dataclasses.fields(Experiment)} | {"fusion", "routing"}
     _refuse_unknown("config", config, known)
-    for section, keys in (("", ("model", "fusion")), ("model", ("vision", "text", "image"))):
-        given = config[section] if section else config
-        if missing := [key for key in keys if key not in given]:
-            raise ConfigError(f"config.{section + '.' * bool(section)}{missing[0]} is missing")
+    _refuse_missing("config", config, "model", "fusion")
+    _refuse_missing("config.model", config["model"], "vision", "text", "image")
     model, fusion = dict(config["model"]), dict(config["fusion"])
     scalars_of_model = {"has_newline", "projector_width"}
     _refuse_unknown("config.model", model, {"vision", "text", "image", *scalars_of_model})
@@ -323,6 +321,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return value
+
+
+def _refuse_missing(where: str, given: Mapping[str, Any], *keys: str) -> None:
+    if missing := [key for key in keys if key not in given]:
+        raise ConfigError(f"{where}.{missing[0]} is missing")
 
 
 def _refuse_unknown(where: str, given: Mapping[str, Any], known: set[str]) -> None:

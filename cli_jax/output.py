@@ -10,7 +10,6 @@ import io
 import json
 import os
 import uuid
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,24 +22,18 @@ class OutputError(ValueError):
     """A file that cannot be written, or read back; the message names it, reason and remedy."""
 
 
-def prove_writable(folder: epath.Path) -> None:
-    """Creates the folder and writes a small file in it for a moment; OSError if it cannot."""
-    folder.mkdir(parents=True, exist_ok=True)
+def writable_folder(path: str | os.PathLike[str]) -> epath.Path:
+    """Creates a folder and writes a small file in it for a moment; OutputError if it cannot."""
+    folder = epath.Path(path)
     # Not the process id in its name: containers of a pod have equal ones.
     probe = folder / f".writable_{uuid.uuid4().hex}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(_PROBE_BYTES))
-    finally:
+        probe.unlink()
+    except OSError as error:
         with contextlib.suppress(OSError):  # the first error is the one that says why
             probe.unlink(missing_ok=True)
-
-
-def writable_folder(path: str | Path) -> epath.Path:
-    """Creates a folder for results; raises OutputError if nothing can be written there."""
-    folder = epath.Path(path)
-    try:
-        prove_writable(folder)
-    except OSError as error:
         raise OutputError(
             f"cannot write to {folder}: {error.strerror or error}. Choose another folder, or free "
             f"some space"
@@ -76,6 +69,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def damaged(path: str | os.PathLike[str], error: ValueError) -> OutputError:
+    """The error to raise for a file that cannot be read back."""
     return OutputError(
         f"{path} is damaged ({error}): restore it from a copy, or begin in a new folder"
     )

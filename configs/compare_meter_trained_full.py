@@ -3,10 +3,11 @@ r"""Photographed meters, where the last layer has lost detail: fusion added to a
     python analyze.py compare --config configs/compare_meter_trained_full.py --output runs/full \
         --config.data.root=DATA
 
-Everything but tower and arms is that of compare_meter_trained.py. `full` (pretrain_meter.py) is the
-one tower of docs/results.md of which the last layer gives less than an earlier one, as the paper
-presupposes: single digits of meters never seen are read out at 36.6% from layer 2 and at 31.9% from
-layer 6. `none` is the comparison's own (compare_meter.py, `full` tower, seed 0).
+Everything but the tower and three more arms is that of compare_meter_trained.py. `full`
+(pretrain_meter.py) is the one tower of docs/results.md of which the last layer gives less than an
+earlier one, as the paper presupposes: single digits of meters never seen are read out at 36.6% from
+layer 2 and at 31.9% from layer 6. `none` is the comparison's own (compare_meter.py, `full` tower,
+seed 0).
 
 - `layer_1` and `layer_2` read that layer in place of layer 6.
 - `tap_2` adds layer 2 to decoder layer 0 through the shared projector and rank 8, `tap_2_gated`
@@ -31,11 +32,7 @@ def get_config() -> ConfigDict:
     config.compare.update(
         encoders=compare_meter.get_config().compare.encoders[1:],
         arms=(
-            arms.arm("none", "none"),
-            arms.arm("cli", "cli"),
-            arms.arm("cli_mean", "cli", settings={"agf": "mean"}),
-            arms.arm("sli", "sli"),
-            arms.arm("layer_1", "none", settings={"vision_layer": 1}),
+            *config.compare.arms,
             arms.arm("layer_2", "none", settings={"vision_layer": 2}),
             arms.arm("tap_2_gated", "cli", settings=tap_2),
             arms.arm("tap_2", "cli", settings={**tap_2, "agf": "one"}),

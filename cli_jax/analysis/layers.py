@@ -66,9 +66,9 @@ def mean_similarity(
 
     Every block that the model holds is compared, those after V_last too, and every patch token of
     every tile counts once: a picture of many tiles weighs more than one of few, and one that is
-    asked about twice counts twice. What was padded
-    inside a tile is part of it, as the tower sees it; CLIP's class token is not. `batch_size`
-    counts tiles. Raises AnalysisError if there is no picture.
+    asked about twice counts twice. What was padded inside a tile is part of it, as the tower sees
+    it; CLIP's class token is not. `batch_size` counts tiles. Raises AnalysisError if there is no
+    picture.
     """
     vision = experiment.model.vision
     prompts = Prompts(experiment, path, image_root, limit=limit, what="layers")

@@ -56,7 +56,7 @@ class Sizes:
         if negative := [name for name in sizes if getattr(data, name) < 0]:
             raise ConfigError(f"config.data.{negative[0]} is negative: give 0 or more")
         if extras.stacks and not data.images_per_row:
-            raise ConfigError("config.data.images_per_row=0: deepstack needs room for a picture")
+            raise ConfigError("config.data.images_per_row=0: the fusion strategy needs a picture")
         tokens = vision.num_patches + extras.pooled
         if extras.pooled and data.visual_per_row < tokens:
             raise ConfigError(

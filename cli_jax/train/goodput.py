@@ -63,7 +63,7 @@ class Goodput:
         """Counts the block as waiting for data, but not while the update before it still runs.
 
         running: what that update returns, or None. A thread waits for it, since a batch may be made
-        in the very time that the device computes; an error of it is the loop's to see.
+        in the very time that the device computes; its errors are the loop's to see.
         """
         ended: list[float] = []
 
@@ -74,14 +74,12 @@ class Goodput:
 
         self._switch("data")
         begun = self._since
-        if running is not None:
-            threading.Thread(target=wait, daemon=True).start()
+        threading.Thread(target=wait, daemon=True).start()
         try:
             yield
         finally:
             self._switch(self._rest)
-            busy_until = begun if running is None else min([*ended, self._since])
-            busy = max(0.0, busy_until - begun)
+            busy = min([*ended, self._since]) - begun
             self._seconds["data"] -= busy
             self._seconds["step"] = self._seconds.get("step", 0.0) + busy
 

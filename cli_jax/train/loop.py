@@ -59,8 +59,8 @@ def train(
 
     `data` iterates over this process's rows of each batch and can be saved (`get_state`,
     `set_state`). `at_save` may measure the state of each checkpoint on the way, and is told of the
-    one that a run goes on from, too; `watchers` are told
-    of every finished update. Raises `TrainingError` on a loss that is not finite.
+    one that a run goes on from, too; `watchers` are told of every finished update. Raises
+    `TrainingError` on a loss that is not finite.
     """
     folder, revision = prepare(workdir), git_revision()
     total, settings = experiment.total_steps, experiment.log

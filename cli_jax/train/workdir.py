@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from cli_jax import __version__
 from cli_jax.experiment import Experiment, to_dict
-from cli_jax.output import damaged, prove_writable, read_json, write_json
+from cli_jax.output import damaged, read_json, writable_folder, write_json
 
 LOCK = ".lock"
 
@@ -28,21 +28,13 @@ class WorkdirError(RuntimeError):
 
 
 def prepare(workdir: str | os.PathLike) -> epath.Path:
-    """Creates the folder and proves that it can be written to; raises `WorkdirError` if not."""
+    """Creates the folder and proves that it can be written to; else WorkdirError, OutputError."""
     if "://" in str(workdir):
         raise WorkdirError(
             f"--workdir {workdir} is not a folder: logs are appended to, which buckets do not "
             f"allow. Mount the bucket (e.g. Cloud Storage FUSE) and give the mounted folder"
         )
-    folder = epath.Path(workdir)
-    try:
-        prove_writable(folder)
-    except OSError as error:
-        raise WorkdirError(
-            f"--workdir {folder} cannot be written to ({error.strerror or error}): "
-            f"choose another folder or free it"
-        ) from error
-    return folder
+    return writable_folder(workdir)
 
 
 @contextlib.contextmanager
@@ -88,7 +80,7 @@ def describe(folder: epath.Path, experiment: Experiment, revision: str) -> None:
 def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
     """The JSON lines of a file, none if it is missing; one that a kill cut off is left out."""
     path = epath.Path(path)
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:

@@ -260,9 +260,9 @@ def test_several_fractions_are_drawn_over_each_other(folder, monkeypatch):
     (axes,) = figure.axes
     points = {each.get_label(): each.lines[0].get_xydata().tolist() for each in axes.containers}
     assert set(points) == {"none", "cli"}
-    # Beside each other, not on each other: within a hundredth of where they belong.
-    expected = [[50.0, 800 / 12], [100.0, 37.5]]
-    np.testing.assert_allclose(points["cli"], expected, rtol=0.01)
+    at, values = zip(*points["cli"], strict=True)
+    assert values == (pytest.approx(800 / 12), pytest.approx(37.5))
+    assert at == pytest.approx((50, 100), rel=0.01)  # beside each other, not on each other
     assert points["none"][0][0] < 50 < points["cli"][0][0]
     text = (folder / "results.md").read_text()
     assert "](figures/random_1/fractions_val.png)" in text

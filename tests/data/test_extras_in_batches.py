@@ -216,7 +216,11 @@ def test_prompts_are_batched_with_them(tmp_path, image, extras):
     ("changes", "extras", "message"),
     [
         ({"tiles_per_row": -1}, Extras(), r"data\.tiles_per_row is negative"),
-        ({"images_per_row": 0}, Extras(stacks=4), r"data\.images_per_row=0: deepstack needs room"),
+        (
+            {"images_per_row": 0},
+            Extras(stacks=4),
+            r"data\.images_per_row=0: the fusion strategy needs",
+        ),
     ],
 )
 def test_sizes_that_hold_nothing_are_refused(changes, extras, message):

@@ -1,5 +1,7 @@
 """The attention kernels against the plain one, forward and backward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,10 +96,10 @@ def test_jax_takes_gradients_of_odd_lengths_through_cudnn(monkeypatch, segmented
     monkeypatch.setattr(f"{library}.check_compute_capability", lambda _: True)
     q, k, v, cotangent, ids = inputs(729, 2, jnp.bfloat16)
 
-    def both(q, k, v, cotangent):
-        f = lambda *x: cudnn_attention(*x, ids if segmented else None, causal=segmented)  # noqa: E731
-        return value_and_gradients(f, q, k, v, cotangent)
+    def attend(q, k, v):
+        return cudnn_attention(q, k, v, ids if segmented else None, causal=segmented)
 
+    both = functools.partial(value_and_gradients, attend)
     traced = jax.eval_shape(both, q, k, v, cotangent)
     assert [x.shape for x in traced] == [x.shape for x in (q, q, k, v)]
 

@@ -225,12 +225,17 @@ def test_pictures_are_used_for_one_thing_each(workdir):
     assert not scenes["choose"] & scenes["score"]
 
 
-def test_a_scene_of_two_files_is_used_for_one_thing(workdir, tmp_path):
-    experiment = load(workdir)
+def rows_of(experiment):
+    """The only training file, its rows, and where their pictures are."""
     (source,) = experiment.data.train
     file = RowFile(source.path)
-    rows = [file[i] for i in range(len(file))]
     root = source.image_root or str(Path(source.path).parent)
+    return source, [file[i] for i in range(len(file))], root
+
+
+def test_a_scene_of_two_files_is_used_for_one_thing(workdir, tmp_path):
+    experiment = load(workdir)
+    source, rows, root = rows_of(experiment)
     halves = []
     for i, some in enumerate((rows[0::2], rows[1::4])):  # all scenes, and half of them once more
         path = tmp_path / f"{i}.json"
@@ -288,10 +293,7 @@ def test_a_run_that_held_nothing_out_cannot_be_probed(workdir, tmp_path, capsys)
 
 def test_rows_that_training_skips_are_left_out_and_broken_pictures_named(workdir, tmp_path):
     experiment = load(workdir)
-    (source,) = experiment.data.train
-    file = RowFile(source.path)
-    rows = [file[i] for i in range(len(file))]
-    root = source.image_root or str(Path(source.path).parent)
+    source, rows, root = rows_of(experiment)
     rows[0] = rows[0] | {"image": "gone.png"}
     rows[1] = {key: value for key, value in rows[1].items() if key != "image"}
     rows[2] = rows[2] | {"conversations": [{"from": "human", "value": "<image>\nHello?"}]}

@@ -299,7 +299,7 @@ def test_a_full_disk_is_one_line_with_the_last_good_checkpoint(tmp_path, monkeyp
 def test_an_unwritable_workdir_is_one_line_that_names_it(tmp_path):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "run"
-    with pytest.raises(WorkdirError, match="Not a directory") as error:
+    with pytest.raises(OutputError, match="Not a directory") as error:
         prepare(folder)
     assert str(folder) in str(error.value)
     assert prepare(tmp_path / "new" / "run").is_dir()

@@ -155,6 +155,6 @@ def test_an_unwritable_workdir_is_one_line(tmp_path):
     done = command(tmp_path, f"--workdir={tmp_path}/file/run")
     assert done.returncode == 1
     assert done.stderr == (
-        f"error: --workdir {tmp_path}/file/run cannot be written to (Not a directory): choose "
-        "another folder or free it\n"
+        f"error: cannot write to {tmp_path}/file/run: Not a directory. Choose another folder, or "
+        "free some space\n"
     )
